@@ -1,0 +1,51 @@
+# Makes the environment and calls Snakemake; nothing else.
+#   make demo      the whole study on the simulated films        make test   every test
+#   make study STUDY=nih DATA_ROOT=/path/to/nih                  the same on real films; JOBS=…, RUNS="…", PROFILE=slurm
+#   make lab       JupyterLab on the notebooks                   make bench  speed against peers
+PYTHON ?= python3
+STUDY ?= demo
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+VENV ?= .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+export SNAKEMAKE_OUTPUT_CACHE :=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo study test lab bench lock check clean-outputs
+
+help:
+	@sed -n '2,4p' Makefile | cut -c3-
+
+setup: $(VENV)/.complete
+
+# pip checks every hash of the lock; .complete is only written when the whole environment stands.
+$(VENV)/.complete: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: STUDY := demo
+demo: study
+
+# The lock is the kernel's, so that it goes with the process however that ends; Snakemake's own would outlive a kill.
+LOCK = $(if $(shell command -v flock),flock --nonblock --conflict-exit-code 75 outputs/.$(STUDY).lock)
+study: setup
+	@mkdir -p outputs
+	$(LOCK) snakemake --nolock --rerun-incomplete --keep-going --quiet rules host reason \
+	  $(if $(PROFILE),--profile params/profiles/$(PROFILE),--cores $(JOBS)) \
+	  --config study=$(STUDY) $(if $(DATA_ROOT),data_root='$(abspath $(DATA_ROOT))') $(if $(RUNS),runs='$(RUNS)')
+
+test: setup
+	python -m pytest -n 2 --dist loadfile
+
+lab: setup
+	jupyter lab --notebook-dir=. notebooks/00_data.ipynb
+
+bench: setup
+	python -m tests.bench
+
+# Exact versions with hashes from pyproject.toml (needs uv), and the conda file that follows from it.
+lock:
+	uv pip compile pyproject.toml --extra test --extra slurm --universal --python-version 3.11 --generate-hashes --no-annotate --no-header -o requirements.lock

@@ -1,0 +1,162 @@
+"""Class activation maps of a classifier whose head is global average pooling followed by one linear layer.
+
+For such a head the gradient of logit ``c`` with respect to feature map ``k`` is the constant ``W[c, k] / (h w)``, so CAM and the gradient
+based variants below are closed forms of (feature maps, head weights) and need no backward pass. Three separate steps: the raw signed map
+at the size of the feature maps, its normalisation to [0, 1], and its resampling to the film.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer")
+
+
+@torch.no_grad()
+def class_activation_maps(maps: Tensor, weights: Tensor, method: str = "cam", *, eps: float = 0.0) -> Tensor:
+    """Raw maps of all classes at once, ``L_c = sum_k w_k A_k`` (CAM: Zhou et al.; the class is the one whose row of the head is used).
+
+    Parameters
+    ----------
+    maps : float (B, F, h, w)
+        Feature maps that the pooling sees. May be signed.
+    weights : float (C, F)
+        Weight of the linear head, one row a class.
+    method : {'cam', 'grad', 'gradpp', 'xgrad', 'hires', 'layer'}
+        With ``g = W / (h w)`` and ``S_k = sum_xy A_k``: 'cam' ``w = W``; 'grad' (mean gradient) ``w = g``; 'gradpp'
+        ``w = h w relu(g) a``, ``a = g^2 / (2 g^2 + S g^3)``, 0 where the denominator or g is 0; 'xgrad' ``w = sum(g A) / S``, which is g, 0 where
+        S is 0; 'hires' ``sum_k g_k A_k`` element by element; 'layer' ``sum_k relu(g_k) A_k``.
+    eps : float
+        Added to the denominator of 'gradpp' (pytorch-grad-cam uses 1e-6, which outweighs g^2 for a pooled head); the exact form is 0.
+
+    Returns
+    -------
+    float (B, C, h, w), signed, in the precision of ``maps``, on their device.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, an unknown method, or a NaN or infinity in the maps or weights.
+    """
+    _check(maps, weights, method, eps)
+    batch, _, height, width = maps.shape
+    raw = _channel_weights(maps, weights.to(maps), method, eps) @ maps.flatten(2)
+    return _finite(raw.reshape(batch, len(weights), height, width), maps, weights)
+
+
+@torch.no_grad()
+def pair_maps(maps: Tensor, weights: Tensor, rows: Tensor, classes: Tensor, method: str = "cam", *, eps: float = 0.0) -> Tensor:
+    """Raw maps of the wanted (film, class) pairs only; pair ``p`` equals ``class_activation_maps(...)[rows[p], classes[p]]``.
+
+    Parameters
+    ----------
+    maps, weights, method, eps
+        As for `class_activation_maps`.
+    rows, classes : integer (P,)
+        Film (index into the batch) and class (row of ``weights``) of each pair.
+
+    Returns
+    -------
+    float (P, h, w), signed.
+    """
+    _check(maps, weights, method, eps)
+    rows, classes = torch.as_tensor(rows), torch.as_tensor(classes)
+    if rows.ndim != 1 or rows.shape != classes.shape:
+        raise ValueError(f"rows and classes must be two lists of one length, got shapes {tuple(rows.shape)} and {tuple(classes.shape)}")
+    for name, index, size in (("rows", rows, len(maps)), ("classes", classes, len(weights))):
+        if len(index) and not (0 <= int(index.min()) and int(index.max()) < size):
+            raise ValueError(f"{name} must lie in 0..{size - 1}, got {int(index.min())}..{int(index.max())}")
+    height, width = maps.shape[2:]
+    weights = weights.to(maps)
+    raw = maps.new_empty((len(rows), height, width))
+    for row in rows.unique().tolist():
+        here = torch.nonzero(rows == row).flatten()
+        film = maps[row:row + 1]
+        chosen = weights[classes[here].to(weights.device)]
+        raw[here.to(raw.device)] = (_channel_weights(film, chosen, method, eps) @ film.flatten(2)).reshape(len(here), height, width)
+    return _finite(raw, maps, weights)
+
+
+@torch.no_grad()
+def normalise(raw: Tensor, rectify: bool = True) -> Tensor:
+    """Each map to [0, 1] at its own size: negatives to 0 (unless ``rectify`` is False), then min-max.
+
+    A map without contrast (zero, constant, or constant up to rounding: a range of at most 8 machine epsilons of its largest magnitude)
+    becomes zeros. Min-max removes a positive floor.
+
+    Parameters
+    ----------
+    raw : float (..., h, w)
+    rectify : bool
+        False: min-max of the signed map.
+
+    Returns
+    -------
+    float (..., h, w), same dtype.
+    """
+    low, high = torch.aminmax(raw.flatten(-2), dim=-1)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        bad = torch.nonzero(~(torch.isfinite(low) & torch.isfinite(high)))[0].tolist()
+        raise ValueError(f"map {bad} holds NaN or infinite values")
+    magnitude = torch.maximum(low.abs(), high.abs())
+    if rectify:
+        raw, low, high = raw.clamp(min=0), low.clamp(min=0), high.clamp(min=0)
+    half = high / 2 - low / 2                                   # halves: high - low of a signed map may overflow
+    flat = half * 2 <= 8 * torch.finfo(raw.dtype).eps * magnitude
+    half = torch.where(flat, torch.ones_like(half), half)[..., None, None]
+    scaled = (raw / 2 - low[..., None, None] / 2) / half
+    return torch.where(flat[..., None, None], torch.zeros_like(raw), scaled).clamp(0, 1)
+
+
+def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Bilinear resampling of (..., h, w) to (..., H, W) with pixel centres at halves (``align_corners=False``), as cv2.INTER_LINEAR enlarges."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    lead = maps.shape[:-2]
+    out = F.interpolate(maps.reshape(1, -1, *maps.shape[-2:]), size=size, mode="bilinear", align_corners=False)
+    return out.reshape(*lead, *size)
+
+
+def _channel_weights(maps: Tensor, weights: Tensor, method: str, eps: float) -> Tensor:
+    """(C, F), or (B, C, F) where the weight of a channel depends on the film."""
+    if method == "cam":
+        return weights
+    area = maps.shape[2] * maps.shape[3]
+    grads = weights / area
+    if method in ("grad", "hires"):
+        return grads
+    if method == "layer":
+        return grads.clamp(min=0)
+    sums = maps.sum(dim=(2, 3))[:, None, :]
+    if method == "xgrad":
+        return torch.where(sums == 0, torch.zeros_like(sums), grads)
+    positive = grads.clamp(min=0)
+    if eps:
+        squared = positive.square()
+        numerator, denominator = squared, 2 * squared + sums * squared * positive + eps
+    else:                                                       # g^2 cancelled: it underflows for small heads
+        numerator, denominator = torch.ones_like(positive), 2 + sums * positive
+    alpha = torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator)
+    return area * alpha * positive
+
+
+def _check(maps: Tensor, weights: Tensor, method: str, eps: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"unknown CAM method {method!r}; choose one of {', '.join(METHODS)}")
+    if maps.ndim != 4 or weights.ndim != 2 or maps.shape[1] != weights.shape[1]:
+        raise ValueError(f"need maps (B, F, h, w) and head weights (C, F), got {tuple(maps.shape)} and {tuple(weights.shape)}")
+    if not maps.is_floating_point():
+        raise ValueError(f"maps must be floating point, got {maps.dtype}")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+
+
+def _finite(raw: Tensor, maps: Tensor, weights: Tensor) -> Tensor:
+    """A NaN or infinity in a map reaches every class of its film (0 times it is NaN), so the small result is checked, not the maps."""
+    if torch.isfinite(raw).all():
+        return raw
+    bad = torch.nonzero(~torch.isfinite(maps).all(dim=-1).all(dim=-1))
+    if len(bad):
+        raise ValueError(f"feature maps hold NaN or infinite values, first in film {int(bad[0, 0])} of the batch, channel {int(bad[0, 1])}")
+    bad = torch.nonzero(~torch.isfinite(weights))
+    if len(bad):
+        raise ValueError(f"head weights hold NaN or infinite values, first in class {int(bad[0, 0])}, channel {int(bad[0, 1])}")
+    raise ValueError("the class activation maps overflow: the feature maps or head weights are too large for their precision")

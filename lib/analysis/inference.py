@@ -1,0 +1,78 @@
+"""One forward pass over the films serves every lens: logits and the feature maps of any layers, batch by batch."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Output:
+    """Of one batch: `rows` int64 (B,), `logits` float32 (B, M) and `maps`, a dictionary of layer name to float32 (B, F, h, w)."""
+
+    rows: np.ndarray
+    logits: torch.Tensor
+    maps: dict
+
+
+@contextmanager
+def recorded(model, layers):
+    """Within the context every forward pass of `model` leaves the outputs of `layers` in the dictionary that is yielded.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : sequence of str
+        Dotted module names, such as 'trunk.layer4.2'.
+
+    Raises
+    ------
+    ValueError
+        A name that is no module of the model; the modules one level up are listed.
+    """
+    modules = dict(model.named_modules())
+    for name in layers:
+        if name not in modules:
+            parent = name.rpartition(".")[0]
+            known = [other for other in modules if other and other.rpartition(".")[0] == parent] or list(dict(model.named_children()))
+            raise ValueError(f"the model has no module {name!r}; there are {', '.join(known)}")
+    maps, handles = {}, []
+    try:
+        for name in set(layers):
+            handles.append(modules[name].register_forward_hook(
+                # A clone: a ReLU that follows may work in place and would rewrite the maps after the hook has seen them.
+                lambda module, inputs, output, name=name: maps.__setitem__(name, output.detach().clone())))
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stream(model, batches, layers=()):
+    """Forward passes of `model` over `batches`, in evaluation mode, float32, without gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Gives logits (B, M); it is put in evaluation mode and left there.
+    batches : iterable
+        With fields `rows` (B,) and `images` (B, 3, S, S), on the model's device.
+    layers : sequence of str
+        Modules whose output maps are wanted.
+
+    Yields
+    ------
+    Output
+        On the model's device. Only one batch of maps is alive at a time, if the caller lets go of it.
+    """
+    model.eval()
+    with recorded(model, layers) as maps, torch.inference_mode():
+        for batch in batches:
+            logits = model(batch.images)
+            yield Output(batch.rows, logits.float(), {name: maps[name].float() for name in layers})
+
+
+def predict(model, batches):
+    """Logits of all films, float32 array (N, M), in the order of `batches`."""
+    return np.concatenate([output.logits.cpu().numpy() for output in stream(model, batches)])

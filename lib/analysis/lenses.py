@@ -1,0 +1,178 @@
+"""The lenses over a stream of outputs: alignment of class activation maps with boxes, and concepts of feature maps.
+
+Each takes the iterator of `inference.stream`; with several layers asked of it, one forward pass serves them all.
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib.analysis import cam
+from lib.analysis.dissection import StreamingQuantile, Thresholds, concept_totals, count_concepts
+from lib.analysis.inference import Output
+from lib.analysis.localization import soft_overlap
+
+
+def box_pairs(films: pd.DataFrame, boxes: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
+    """Every (film, class) that has boxes, the unit of Khakzar et al., Table 1.
+
+    Parameters
+    ----------
+    films : DataFrame
+        image, patient; the index is the film's row in the store. Films that are not in it are left out.
+    boxes : DataFrame
+        image, class, x1, y1, x2, y2 in pixels of the films that the model sees.
+    classes : list of str
+        Outputs of the model. Boxes of other classes are left out.
+
+    Returns
+    -------
+    DataFrame
+        One row a pair, by film row and class: row, image, patient, class, output (index into `classes`), n_boxes, boxes (array (K, 4)).
+    """
+    rows = dict(zip(films["image"], films.index))
+    patients = dict(zip(films["image"], films["patient"]))
+    kept = boxes[boxes["image"].isin(rows) & boxes["class"].isin(classes)]
+    pairs = [(rows[image], image, patients[image], name, classes.index(name), len(part), part[["x1", "y1", "x2", "y2"]].to_numpy(float))
+             for (image, name), part in kept.groupby(["image", "class"], sort=False)]
+    frame = pd.DataFrame(pairs, columns=["row", "image", "patient", "class", "output", "n_boxes", "boxes"])
+    return frame.sort_values(["row", "output"], ignore_index=True)
+
+
+def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor, *, layer: str, image_size: int, method: str = "cam",
+          rounding: str = "outward") -> pd.DataFrame:
+    """Soft IoBB and IoR of the class activation map of each pair: the map of the class that the box names, whatever was predicted.
+
+    Parameters
+    ----------
+    outputs : iterable of Output
+        With the maps of `layer`, the one that the head pools.
+    pairs : DataFrame
+        Of `box_pairs`.
+    weights : Tensor (M, F)
+        The head's.
+    layer, method, rounding
+        See `cam.pair_maps` and `localization.pixel_boxes`.
+    image_size : int
+        Side of the films in pixels, the frame of the boxes.
+
+    Returns
+    -------
+    DataFrame
+        image, patient, class, n_boxes, box_area, cam_mass, iobb, ior, iou, logit; a row per pair, in the order of the outputs.
+    """
+    by_row, parts = dict(list(pairs.groupby("row"))), []
+    for output in outputs:
+        found = [(position, by_row[row]) for position, row in enumerate(np.asarray(output.rows).tolist()) if row in by_row]
+        if not found:
+            continue
+        chosen = pd.concat([part for _, part in found], ignore_index=True)
+        position = torch.tensor([position for position, part in found for _ in range(len(part))])
+        classes = torch.tensor(chosen["output"].to_numpy())
+        maps = output.maps[layer]
+        if maps.shape[1] != weights.shape[1]:
+            raise ValueError(f"layer {layer} has {maps.shape[1]} channels and the head {weights.shape[1]}: CAM reads the layer that the head pools")
+        raw = cam.pair_maps(maps, weights, position, classes, method)
+        overlap = soft_overlap(cam.normalise(raw).cpu(), list(chosen["boxes"]), image_size, rounding=rounding)
+        logits = output.logits.cpu()[position, classes].numpy()
+        parts.append(pd.concat([chosen[["image", "patient", "class", "n_boxes"]], overlap, pd.Series(logits, name="logit")], axis=1))
+    columns = ["image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def pair_cams(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor, *, layer: str, size: int, method: str = "cam"):
+    """Class activation maps to look at: those of `pairs`, in [0, 1], resized to the film, with the predicted probabilities.
+
+    Parameters
+    ----------
+    outputs, weights, layer, method
+        As in `align`.
+    pairs : DataFrame
+        With columns row and output.
+    size : int
+        Side of the maps that are returned.
+
+    Returns
+    -------
+    maps : ndarray, float32 (P, size, size)
+    probabilities : ndarray, float64 (P,)
+    """
+    maps, probabilities = np.zeros((len(pairs), size, size), np.float32), np.full(len(pairs), np.nan)
+    for output in outputs:
+        place = {row: position for position, row in enumerate(np.asarray(output.rows).tolist())}
+        here = [p for p, row in enumerate(pairs["row"]) if row in place]
+        if here:
+            position = torch.tensor([place[row] for row in pairs["row"].iloc[here]])
+            classes = torch.tensor(pairs["output"].to_numpy()[here])
+            raw = cam.pair_maps(output.maps[layer], weights, position, classes, method)
+            maps[here] = cam.resize(cam.normalise(raw), size).clamp(0, 1).cpu().numpy()
+            probabilities[here] = torch.sigmoid(output.logits.cpu().double()[position, classes]).numpy()
+    return maps, probabilities
+
+
+@dataclass(frozen=True)
+class Dissection:
+    """`rows` (N,) of the films, `counts` int32 (N, F): components of film n in channel c that touch a box; `thresholds` of the channels."""
+
+    rows: np.ndarray
+    counts: np.ndarray
+    thresholds: Thresholds
+
+
+def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer: str, q: float, image_size: int, resolution: str = "image",
+            connectivity: int = 8) -> Dissection:
+    """Concepts of every channel on the annotated films (Khakzar et al., sections 3.2 and 4), from one pass over the outputs.
+
+    The thresholds need all films before the first component can be counted. So the maps wait in an unnamed scratch file, which goes
+    with the process, and are read back a few films at a time: memory holds one batch, and the largest q of the values.
+
+    Parameters
+    ----------
+    outputs : iterable of Output
+        Of the annotated films only, with float32 maps of `layer`. Films without an entry in `boxes` are passed over.
+    boxes : mapping of film row to array (K, 4)
+        Boxes of every class in pixels of the films that the model sees.
+    layer : str
+    q : float
+        P(A >= tau) = q over all annotated films, per channel.
+    image_size, resolution, connectivity
+        See `dissection.count_concepts`.
+
+    Raises
+    ------
+    ValueError
+        No annotated film, or maps that are not finite.
+    OSError
+        No space for the scratch file.
+    """
+    quantile, rows, counts = StreamingQuantile(q, len(boxes), layer), [], []
+    with tempfile.TemporaryFile() as scratch:
+        shape = None
+        for output in outputs:
+            kept = [position for position, row in enumerate(np.asarray(output.rows).tolist()) if row in boxes]
+            if not kept:
+                continue
+            maps = output.maps[layer][kept].float().cpu().contiguous()
+            shape = maps.shape[1:]
+            quantile.update(maps)
+            maps.numpy().tofile(scratch)
+            rows += np.asarray(output.rows)[kept].tolist()
+        thresholds = quantile.result()
+        scratch.seek(0)
+        size, few = int(np.prod(shape)), 16
+        for start in range(0, len(rows), few):
+            films = rows[start:start + few]
+            maps = torch.from_numpy(np.fromfile(scratch, np.float32, len(films) * size).reshape(len(films), *shape))
+            counts.append(count_concepts(maps, thresholds.tau, [boxes[row] for row in films], image_size, resolution=resolution,
+                                         connectivity=connectivity, usable=thresholds.usable))
+    return Dissection(np.array(rows), np.concatenate(counts), thresholds)
+
+
+def concept_records(dissection: Dissection, films: pd.DataFrame) -> pd.DataFrame:
+    """image, patient, disjoint, unique: a row per annotated film. `films` as for `box_pairs`."""
+    chosen = films.loc[dissection.rows, ["image", "patient"]].reset_index(drop=True)
+    return pd.concat([chosen, concept_totals(dissection.counts)], axis=1)

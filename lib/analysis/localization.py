@@ -1,0 +1,167 @@
+"""How a map overlaps boxes: soft IoBB, IoR and IoU (Khakzar et al., section 4) without resampling the map.
+
+Bilinear resampling is linear and separable, ``resized = Wy L Wx^T``, so the sum of the resized map over a rectangle of pixels is
+``r^T L c`` with the sums ``r``, ``c`` of the interpolation weights over the rectangle's rows and columns. A union of boxes is first cut into
+disjoint rectangles.
+"""
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lib.analysis.cam import resize
+
+COLUMNS = ["iobb", "ior", "iou", "box_area", "cam_mass"]
+
+
+def soft_overlap(cams: Tensor | np.ndarray, boxes: Sequence, image_size: int, *, rounding: str = "outward", zero_policy: str = "skip",
+                 threshold: float | None = None) -> pd.DataFrame:
+    """Overlap of each pair's map with the union of that pair's boxes, on the map as it would be resampled to the film.
+
+    With M the union mask: ``iobb = sum(cam M) / sum(M)``, ``ior = sum(cam M) / sum(cam)``,
+    ``iou = sum(cam M) / (sum(M) + sum(cam) - sum(cam M))``. Equal to resampling bilinearly and summing, up to rounding; sums in float64.
+
+    Parameters
+    ----------
+    cams : float (P, h, w) in [0, 1]
+        Normalised maps at native size, one a (film, class) pair.
+    boxes : sequence of P arrays (K, 4)
+        x1, y1, x2, y2 in pixels of the film at ``image_size``, x2 and y2 exclusive; K may be 0 and differ between pairs.
+    image_size : int
+        Side of the film in pixels.
+    rounding : {'outward', 'trunc'}
+        See `pixel_boxes`.
+    zero_policy : {'skip', 'zero'}
+        Value of what is undefined: NaN ('skip'), or 0 as an epsilon in the denominators would give.
+    threshold : float, optional
+        Hard variant: the resampled map is replaced by the mask ``cam >= threshold``. In (0, 1].
+
+    Returns
+    -------
+    DataFrame, one row a pair: iobb, ior, iou in [0, 1], box_area (share of the film), cam_mass (mean of the resampled map).
+    A pair whose boxes have no area in the film has NaN in all three overlaps. A zero map has iobb 0, iou 0, ior NaN.
+
+    Raises
+    ------
+    ValueError
+        Values outside [0, 1] or NaN (names the pair), NaN in a box, a wrong shape, an unknown option.
+    """
+    if zero_policy not in ("skip", "zero"):
+        raise ValueError(f"zero_policy must be 'skip' or 'zero', got {zero_policy!r}")
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+    cams = torch.as_tensor(cams).detach().cpu()
+    if cams.ndim != 3 or len(cams) != len(boxes):
+        raise ValueError(f"need maps (P, h, w) and one list of boxes a map, got {tuple(cams.shape)} and {len(boxes)} lists")
+    valid = ((cams >= 0) & (cams <= 1)).flatten(1).all(dim=1)
+    if not valid.all():
+        raise ValueError(f"map {int(torch.nonzero(~valid)[0])} leaves [0, 1] or holds NaN; normalise it first")
+
+    pieces, owner = [], []
+    for pair, film_boxes in enumerate(boxes):
+        rectangles = disjoint_rectangles(pixel_boxes(film_boxes, image_size, rounding=rounding))
+        pieces.append(rectangles)
+        owner.append(np.full(len(rectangles), pair))
+    pieces = np.concatenate(pieces) if pieces else np.empty((0, 4), np.int64)
+    owner = np.concatenate(owner) if owner else np.empty(0, np.int64)
+    area = _per_pair((pieces[:, 2] - pieces[:, 0]) * (pieces[:, 3] - pieces[:, 1]), owner, len(cams))
+
+    if threshold is None:
+        native = cams.numpy().astype(np.float64)
+        rows, columns = (_cumulative_weights(side, image_size) for side in native.shape[1:])
+        mass = np.einsum("phw,h,w->p", native, rows[-1], columns[-1], optimize=True)
+        r = rows[pieces[:, 3]] - rows[pieces[:, 1]]
+        c = columns[pieces[:, 2]] - columns[pieces[:, 0]]
+        inside = _per_pair(((r[:, None, :] @ native[owner])[:, 0] * c).sum(axis=1), owner, len(cams))
+    else:
+        inside, mass = np.zeros(len(cams)), np.zeros(len(cams))
+        for pair in range(len(cams)):
+            hard = (resize(cams[pair], image_size) >= threshold).numpy()
+            mass[pair] = hard.sum()
+            inside[pair] = sum(hard[y1:y2, x1:x2].sum() for x1, y1, x2, y2 in pieces[owner == pair])
+
+    inside = np.clip(inside, 0, np.minimum(area, mass))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        table = np.stack([inside / area, inside / mass, inside / (area + mass - inside)], axis=1)
+    table[area == 0] = np.nan
+    if zero_policy == "zero":
+        table = np.nan_to_num(table, nan=0.0)
+    shares = np.stack([area, mass], axis=1) / image_size**2
+    return pd.DataFrame(np.concatenate([table, shares], axis=1), columns=COLUMNS)
+
+
+def pixel_boxes(boxes, image_size: int, *, rounding: str = "outward") -> np.ndarray:
+    """Boxes as whole pixels inside the film.
+
+    Parameters
+    ----------
+    boxes : float (K, 4)
+        x1, y1, x2, y2 in pixels, x2 and y2 exclusive.
+    image_size : int
+        Side of the film.
+    rounding : {'outward', 'trunc'}
+        'outward': floor of x1, y1 and ceil of x2, y2 (every touched pixel, never empty; a millionth of a pixel is taken for rounding error of
+        the scaling). 'trunc': all four cut to their integer part.
+
+    Returns
+    -------
+    int64 (K', 4), clipped to [0, image_size]; boxes without area (x2 <= x1, wholly outside the film) are left out.
+    """
+    boxes = np.asarray(boxes, dtype=np.float64)
+    boxes = boxes.reshape(-1, 4) if boxes.size == 0 else boxes
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes must be (K, 4): x1, y1, x2, y2; got shape {boxes.shape}")
+    if np.isnan(boxes).any():
+        raise ValueError(f"box {int(np.nonzero(np.isnan(boxes).any(axis=1))[0][0])} holds NaN: {boxes.tolist()}")
+    boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+    boxes = np.clip(boxes, 0, image_size)
+    if rounding == "outward":
+        low = np.floor(boxes[:, :2] + 1e-6)
+        high = np.maximum(np.ceil(boxes[:, 2:] - 1e-6), np.where(boxes[:, 2:] > boxes[:, :2], low + 1, low))
+        boxes = np.concatenate([low, np.minimum(high, image_size)], axis=1)
+    elif rounding == "trunc":
+        boxes = np.trunc(boxes)
+    else:
+        raise ValueError(f"rounding must be 'outward' or 'trunc', got {rounding!r}")
+    return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])].astype(np.int64)
+
+
+def box_mask(boxes, image_size: int, *, rounding: str = "outward") -> np.ndarray:
+    """Union of the boxes as a boolean (image_size, image_size) mask."""
+    mask = np.zeros((image_size, image_size), dtype=bool)
+    for x1, y1, x2, y2 in pixel_boxes(boxes, image_size, rounding=rounding):
+        mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def disjoint_rectangles(boxes: np.ndarray) -> np.ndarray:
+    """The union of integer boxes (K, 4) as disjoint rectangles (R, 4): horizontal strips between box edges, merged intervals in each."""
+    if len(boxes) <= 1:
+        return boxes
+    edges = np.unique(boxes[:, [1, 3]])
+    pieces = []
+    for top, bottom in zip(edges[:-1], edges[1:], strict=True):
+        across = boxes[(boxes[:, 1] <= top) & (boxes[:, 3] >= bottom)]
+        end = -1
+        for left, right in sorted(across[:, [0, 2]].tolist()):
+            left = max(left, end)
+            if right > left:
+                pieces.append((left, top, right, bottom))
+                end = right
+    return np.array(pieces, dtype=np.int64).reshape(-1, 4)
+
+
+def _per_pair(values: np.ndarray, owner: np.ndarray, n_pairs: int) -> np.ndarray:
+    return np.bincount(owner, weights=values, minlength=n_pairs).astype(np.float64)
+
+
+def _cumulative_weights(n: int, size: int) -> np.ndarray:
+    """(size + 1, n): row ``i`` is the sum of the interpolation weights of the first ``i`` output pixels on the ``n`` native cells."""
+    centre = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
+    low = np.minimum(np.floor(centre).astype(np.int64), n - 1)
+    weights = np.zeros((size, n))
+    np.add.at(weights, (np.arange(size), low), 1 - (centre - low))
+    np.add.at(weights, (np.arange(size), np.minimum(low + 1, n - 1)), centre - low)
+    return np.concatenate([np.zeros((1, n)), np.cumsum(weights, axis=0)])

@@ -1,0 +1,254 @@
+"""What a study and a run are: validated parameters, and the paths that follow from them.
+
+Parameters are flat `key: value` pairs, as papermill merges them. `params/studies/<study>.yaml` holds what all runs of a study share,
+`params/runs/<run>.yaml` what makes one run. A notebook's parameters cell lists every key with the default that runs the demo.
+`python -m lib.params cell run` prints that cell, `python -m lib.params check <study>` validates a study and all its runs.
+"""
+
+import ast
+import difflib
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lib.losses import LOSSES, SCALES
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("multilabel", "binary")
+BACKBONES = ("tdensenet", "resnet50")
+GRID = tuple(f"{task}-{backbone}-{loss}" for task, backbone, loss in itertools.product(TASKS, BACKBONES, LOSSES))
+
+
+class ParameterError(ValueError):
+    """A parameter that is misspelt, missing or out of range; the message names the key, its file and the way out."""
+
+
+class Study(BaseModel):
+    """Parameters that all runs of a study share. Field descriptions are the documentation of each key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    study: str = Field("demo", pattern=r"^[A-Za-z0-9_]+$", description="name: results go to outputs/<study>/")
+    runs: list[str] = Field(list(GRID), description="the runs of the study, each a file of params/runs")
+    seeds: list[int] = Field([0], min_length=1, description="every run is trained once per seed")
+    # data
+    release: Literal["phantom", "nih"] = Field("phantom", description="phantom (simulated films, made on the spot) or nih")
+    data_root: str = Field("", description="folder of the release; empty: the phantom's own folder in outputs")
+    skip_bad_films: bool = Field(False, description="go on without films that are missing or unreadable (they are listed)")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train_val films held out, by patient")
+    phantom_films: int = Field(1800, ge=60, description="films of the simulated release")
+    phantom_size: int = Field(224, ge=64, le=1024, description="their side, pixels")
+    image_size: int = Field(64, ge=32, le=1024, description="side of the films that the models see, pixels")
+    no_finding_output: bool = Field(True, description="multilabel: 15 outputs with 'No Finding'; False: 14")
+    # training
+    init: str = Field("scratch", min_length=1, description="imagenet, scratch, or a local weights file (.safetensors, .pth)")
+    epochs: int = Field(2, ge=1, description="passes over the training films")
+    batch_size: int = Field(32, ge=2, description="films per step, all devices together")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam's, at the start of the cosine")
+    weight_decay: float = Field(1e-6, ge=0, description="Adam's L2 term")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up of the learning rate, steps")
+    final_learning_rate: float = Field(0.0, ge=0, le=1, description="end of the cosine, as a share of learning_rate")
+    gradient_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: not clipped")
+    jitter: float = Field(0.1, ge=0, lt=1, description="colour jitter: brightness and contrast vary by up to this share")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the hardware is faster with it")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps")
+    gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) of one run; above 1 it runs under torchrun")
+    checkpoint: Literal["best", "last"] = Field("best", description="what is analysed: best validation AUROC, or the last epoch")
+    # losses (Khakzar et al., eq. 2)
+    alpha: float = Field(0.25, ge=0, le=1, description="Focal: weight of the positives")
+    gamma: float = Field(2.0, ge=0, description="Focal, CB-Focal: focusing exponent")
+    beta: float = Field(0.9999, ge=0, lt=1, description="CB-Focal: base of the effective number of films")
+    wbce_scheme: Literal["paper", "pos_weight"] = Field("paper", description="WBCE: N-/N, N+/N, or N-/N+, 1")
+    cb_scale: Literal[SCALES] = Field("global", description="CB-Focal: scale of the printed weights")
+    loss_factor: float = Field(1.0, gt=0, description="constant in front of the loss")
+    # analysis
+    n_replicates: int = Field(300, ge=0, description="bootstrap replicates over patients; 0: no intervals")
+    annotated: Literal["test", "all"] = Field("test", description="which films with boxes are analysed")
+    cam_method: str = Field("cam", pattern="^(cam|grad|gradpp|xgrad|hires|layer)$", description="cam, grad, gradpp, xgrad, hires, layer")
+    cam_layer: str = Field("", description="module whose maps CAM reads; empty: the backbone's own")
+    dissection_layer: str = Field("", description="module whose maps are dissected; empty: the backbone's own")
+    dissection_quantile: float = Field(0.0, ge=0, lt=1, description="q of P(A >= tau) = q; 0: the backbone's own")
+    concept_resolution: Literal["image", "native"] = Field("image", description="components counted on upsampled or native maps")
+    connectivity: Literal[4, 8] = Field(8, description="neighbours of a pixel in a component")
+    box_rounding: Literal["outward", "trunc"] = Field("outward", description="box corners to whole pixels")
+
+    @field_validator("runs")
+    @classmethod
+    def _known_runs(cls, runs):
+        for name in runs:
+            if not (ROOT / "params" / "runs" / f"{name}.yaml").is_file():
+                known = sorted(path.stem for path in (ROOT / "params" / "runs").glob("*.yaml"))
+                raise ValueError(f"no file params/runs/{name}.yaml{_nearest(name, known)}")
+        return runs
+
+    @model_validator(mode="after")
+    def _release_has_a_root(self):
+        if self.release == "nih" and not self.data_root:
+            raise ValueError("data_root is empty: name the folder that holds Data_Entry_2017*.csv (-p data_root ..., or make ... DATA_ROOT=...)")
+        return self
+
+    @classmethod
+    def from_notebook(cls, namespace):
+        """Build from a notebook's globals, right after its parameters cell.
+
+        Every plain variable defined so far counts as a parameter, so that a misspelt key, which papermill only warns of, is an error.
+
+        Parameters
+        ----------
+        namespace : dict
+            The notebook's `globals()`.
+
+        Raises
+        ------
+        ParameterError
+            Unknown key (the nearest right one is named) or value out of range.
+        """
+        shell = {"In", "Out", "exit", "quit", "get_ipython"}
+        return cls.build({key: value for key, value in namespace.items()
+                          if not key.startswith("_") and key not in shell and not callable(value) and not isinstance(value, ModuleType)})
+
+    @classmethod
+    def build(cls, values, source="the parameters"):
+        """Validate `values`; a `ParameterError` names each bad key of `source` in one readable line."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            lines = []
+            for item in error.errors():
+                key = ".".join(map(str, item["loc"]))
+                if item["type"] == "extra_forbidden":
+                    lines.append(f"{key}: no such parameter{_nearest(key, cls.model_fields)}")
+                else:
+                    lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}" + (f" (got {item['input']!r})" if item["loc"] else ""))
+            raise ParameterError(f"{source}: " + "; ".join(line.removeprefix(": ") for line in lines)) from None
+
+    @property
+    def folder(self) -> Path:
+        """outputs/<study>"""
+        return ROOT / "outputs" / self.study
+
+    @property
+    def release_folder(self) -> Path:
+        """Where the release lies; for the phantom without a data_root, a folder of the study's own."""
+        return (ROOT / self.data_root).resolve() if self.data_root else self.folder / "release"
+
+    @property
+    def store_size(self) -> int:
+        """Side of the stored films: a margin of 1/7 over image_size for the random crop (256 for 224)."""
+        return round(self.image_size * 8 / 7)
+
+    @property
+    def store_folder(self) -> Path:
+        """Where the study's uint8 memory map lies."""
+        return self.folder / "store" / f"{self.store_size}px"
+
+    @property
+    def data_label(self) -> str:
+        """What every table and figure says its numbers were measured on."""
+        return "Simulated phantom films, not patients" if self.release == "phantom" else f"NIH ChestX-ray14 films (study {self.study})"
+
+    def run(self, name, seed) -> "Run":
+        """The `Run` of this study that params/runs/<name>.yaml describes."""
+        path = ROOT / "params" / "runs" / f"{name}.yaml"
+        return Run.build({**self.model_dump(), **load(path), "seed": seed}, f"params/runs/{name}.yaml on study {self.study}")
+
+
+class Run(Study):
+    """Parameters of one run: a study's, and the four that tell runs apart."""
+
+    task: Literal[TASKS] = Field("multilabel", description="multilabel (15 labels) or binary (Unhealthy)")
+    backbone: str = Field("tdensenet", min_length=1, description="tdensenet, resnet50, or any timm name")
+    loss: Literal[LOSSES] = Field("focal", description="bce, wbce, focal, cb_focal")
+    seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, order and augmentation")
+
+    @property
+    def name(self) -> str:
+        """<task>-<backbone>-<loss>"""
+        return f"{self.task}-{self.backbone}-{self.loss}"
+
+    @property
+    def run_folder(self) -> Path:
+        """outputs/<study>/<run>/seed<k>"""
+        return self.folder / self.name / f"seed{self.seed}"
+
+    @property
+    def weights_path(self) -> Path:
+        """The checkpoint that the analysis reads."""
+        return self.run_folder / ("model.safetensors" if self.checkpoint == "best" else "model_last.safetensors")
+
+
+def _nearest(key, known):
+    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def load(path):
+    """Read one flat yaml file of parameters.
+
+    Raises
+    ------
+    ParameterError
+        The file is missing, is not yaml, or is not flat.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(other.stem for other in path.parent.glob("*.yaml"))
+        raise ParameterError(f"{path}: no such file{_nearest(path.stem, known)} ({path.parent} has {', '.join(known) or 'none'})")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{path}: not valid yaml: {error}") from None
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+        raise ParameterError(f"{path}: must hold flat 'key: value' lines (papermill merges no deeper)")
+    return values
+
+
+def load_study(name, **overrides):
+    """The validated `Study` of params/studies/<name>.yaml, and each of its runs validated with it.
+
+    `overrides` are keys given on the command line, which win over the file.
+    """
+    path = ROOT / "params" / "studies" / f"{name}.yaml"
+    study = Study.build({**load(path), **overrides}, f"params/studies/{name}.yaml")
+    if study.study != name:
+        raise ParameterError(f"{path}: its key study says {study.study!r}; it must be the file's own name")
+    for run_name in study.runs:
+        run = study.run(run_name, study.seeds[0])
+        if run.name != run_name:
+            raise ParameterError(f"params/runs/{run_name}.yaml: describes {run.name}; the file's name must be <task>-<backbone>-<loss>")
+    return study
+
+
+def parameters_cell(model):
+    """Source of the parameters cell of a notebook: one literal per key of `model`, with its description."""
+    lines = []
+    for key, field in model.model_fields.items():
+        value = field.default
+        if key == "runs":
+            lines.append(f"runs = [  # {field.description}")
+            lines += ["    " + ", ".join(f'"{name}"' for name in GRID[k:k + 2]) + "," for k in range(0, len(GRID), 2)] + ["]"]
+        else:
+            literal = f'"{value}"' if isinstance(value, str) else repr(value)
+            lines.append(f"{key} = {literal}  # {field.description}")
+    return "\n".join(lines)
+
+
+def cell_values(source):
+    """Names and values assigned in a parameters cell, read without running it."""
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+
+
+if __name__ == "__main__":
+    command, name = sys.argv[1:]
+    if command == "cell":
+        print(parameters_cell({"study": Study, "run": Run}[name]))
+    elif command == "check":
+        try:
+            print(f"{name}: {len(load_study(name).runs)} runs, parameters valid")
+        except ParameterError as error:
+            sys.exit(str(error))

@@ -1,0 +1,112 @@
+"""The one place that writes results: every file goes to a temporary name first and is moved into place whole."""
+
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path in the folder of `path`; on success flush it to disk and move it into place, on failure remove it.
+
+    Parameters
+    ----------
+    path : path-like
+        Final name. Its folder is made if it is missing.
+
+    Yields
+    ------
+    Path
+        Where to write. It keeps the suffix of `path`, by which writers choose a format.
+
+    Raises
+    ------
+    OSError
+        Of the writer; a full disk is named as such, with the file that did not fit.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == 28:
+            raise OSError(28, f"no space left on the disk while writing {path}; nothing was replaced. Free some space and run again") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_table(frame, path):
+    """Write a tidy table, atomically: csv or parquet by the suffix of `path`, without the index."""
+    with atomic(path) as temporary:
+        if Path(path).suffix == ".parquet":
+            frame.to_parquet(temporary, index=False)
+        else:
+            frame.to_csv(temporary, index=False)
+
+
+def read_table(path):
+    """Read a table written by `write_table`."""
+    return pd.read_parquet(path) if Path(path).suffix == ".parquet" else pd.read_csv(path)
+
+
+def read_runs(study, name):
+    """One table from every run of a study, stacked, with the run's task, backbone, loss and seed in front.
+
+    Parameters
+    ----------
+    study : lib.params.Study
+    name : str
+        File name within a run's folder, such as 'metrics.csv'.
+
+    Raises
+    ------
+    FileNotFoundError
+        Runs that have no such table yet; all are named.
+    """
+    runs = [study.run(run, seed) for run in study.runs for seed in study.seeds]
+    missing = [str(run.run_folder.relative_to(study.folder)) for run in runs if not (run.run_folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{name} is missing in {', '.join(missing)} of {study.folder}: run notebooks 01 to 04 of these first")
+    return pd.concat([read_table(run.run_folder / name).assign(task=run.task, backbone=run.backbone, loss=run.loss, seed=run.seed) for run in runs],
+                     ignore_index=True)
+
+
+def write_text(text, path):
+    """Write a text file, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(record, path):
+    """Write a dictionary as indented JSON, atomically. NaN is refused: JSON has none."""
+    write_text(json.dumps(record, indent=1, allow_nan=False, default=str) + "\n", path)
+
+
+def read_json(path):
+    """Read a dictionary written by `write_json`."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_figure(figure, path, dpi=200):
+    """Write a matplotlib figure as PNG and as PDF beside it, atomically. `path` has no suffix."""
+    for suffix in (".png", ".pdf"):
+        with atomic(Path(path).with_suffix(suffix)) as temporary:
+            figure.savefig(temporary, dpi=dpi, bbox_inches="tight", metadata={"CreationDate": None} if suffix == ".pdf" else None)
