@@ -53,8 +53,31 @@ rule data:
         PAPERMILL + QUIETLY
 
 
+rule pretext:
+    input:
+        notebook="notebooks/01_train.ipynb",
+        study="params/studies/pretext.yaml",
+        run="params/runs/multilabel-{backbone}-bce.yaml",
+        modules=[*CORE, "lib/data/phantom.py", "lib/models.py", "lib/losses.py", "lib/training.py"],
+    output:
+        "outputs/pretext/multilabel-{backbone}-bce/seed0/model.safetensors",
+    log:
+        "outputs/pretext/multilabel-{backbone}-bce/seed0/01_train.ipynb",
+    threads: 1
+    resources:
+        gpu=1,
+    shell:
+        PAPERMILL + " -f {input.run} -p seed 0" + f" -p image_size {study.image_size}" + QUIETLY
+
+
+def initial_weights(wildcards):
+    backbone = study.run(wildcards.run, 0).backbone
+    return f"outputs/pretext/multilabel-{backbone}-bce/seed0/model.safetensors" if study.init == "phantom" else []
+
+
 rule train:
     input:
+        initial_weights,
         data=f"{OUT}/tables/films.csv",
         notebook="notebooks/01_train.ipynb",
         study=f"params/studies/{study.study}.yaml",

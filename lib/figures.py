@@ -18,8 +18,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 from scipy.special import expit
-from scipy.stats import beta
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from lib.tables import BACKBONES, LOSSES, display, ordered
 
@@ -35,7 +33,7 @@ _STYLE = mpl.rc_context({
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7.5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.edgecolor": _INK, "axes.axisbelow": True,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5, "lines.linewidth": 1.2,
-    "legend.frameon": False, "figure.dpi": 150,
+    "legend.frameon": False, "figure.dpi": 150, "pdf.fonttype": 42,
 })
 # transparent where the map is 0, so the film stays visible; the colour bar is drawn over the grey of a film for the same reason
 _HEAT = ListedColormap([(*mpl.colormaps["inferno"](0.35 + 0.6 * v)[:3], 0.8 * v**0.8) for v in np.linspace(0, 1, 256)], name="heat")
@@ -143,7 +141,8 @@ def cam_grid(films: np.ndarray, cams: np.ndarray, boxes: Sequence, classes: Sequ
     if not (len(films) == len(boxes) == len(classes) == rows and len(losses) == columns and np.shape(probabilities) == (rows, columns)):
         raise ValueError(f"cams are {rows} films x {columns} losses; films, boxes, classes, losses or probabilities do not match")
     title_lines = sum(1 + (len(_class_name(name)) > 14) for name in classes)
-    figure = _figure(rows * ((WIDTH - 0.65) / (columns + 1) + 0.02) + 0.14 * title_lines + 0.4, data_label)
+    side = min((WIDTH - 0.65) / (columns + 1), 1.8)
+    figure = _figure(rows * (side + 0.02) + 0.14 * title_lines + 0.4, data_label, side * (columns + 1) + 0.65)
     axes = figure.subplots(rows, columns + 1, squeeze=False)
     size = films.shape[-1]
     for i, j in product(range(rows), range(columns + 1)):
@@ -360,6 +359,9 @@ def class_curves(predictions: pd.DataFrame, kind: str, *, data_label: str) -> Fi
 
     `predictions` : class, target (0/1), logit, optionally loss (a curve each). A class with one label only has no curve and says so.
     """
+    # Imported here: scikit-learn and SciPy's statistics cost a second, and most notebooks draw neither of these figures.
+    from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
     if kind not in ("roc", "pr"):
         raise ValueError(f"kind = {kind!r}: 'roc' or 'pr'")
     x, y = ("False positive rate", "True positive rate") if kind == "roc" else ("Recall", "Precision")
@@ -399,6 +401,8 @@ def reliability(predictions: pd.DataFrame, *, bins: int = 8, data_label: str) ->
 
     `predictions` : class, target (0/1), logit, optionally loss. `bins` of equally many films each, with 95 % (Jeffreys) intervals.
     """
+    from scipy.stats import beta
+
     figure, panels = _class_panels(predictions, "Mean prediction", "Share positive", data_label)
     handles = []
     for ax, class_rows in panels:

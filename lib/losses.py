@@ -59,11 +59,12 @@ def loss_weights(loss, n_positive, n_negative, *, alpha=0.25, gamma=2.0, beta=0.
     Warns
     -----
     UserWarning
-        A class with one label only: the weight of the absent side is set to 0 (it would be 0/0, and never applies in training).
+        A class with one label only. CB-Focal: the weight of the absent side is set to 0 (it would be 0/0, and never applies in
+        training). WBCE: the side that is there has weight 0 by the formula, so the class is not learned.
     """
     n_positive, n_negative = np.atleast_1d(np.asarray(n_positive, np.float64)), np.atleast_1d(np.asarray(n_negative, np.float64))
-    if n_positive.shape != n_negative.shape or (n_positive < 0).any() or (n_negative < 0).any():
-        raise ValueError(f"class counts must be two arrays of equal shape and not negative: {n_positive}, {n_negative}")
+    if n_positive.shape != n_negative.shape or not ((n_positive >= 0) & (n_negative >= 0) & (n_positive + n_negative > 0)).all():
+        raise ValueError(f"class counts must be two arrays of equal shape, not negative, with a film in each class: {n_positive}, {n_negative}")
     if not (0 <= alpha <= 1 and gamma >= 0 and 0 <= beta < 1):
         raise ValueError(f"need 0 <= alpha <= 1, gamma >= 0, 0 <= beta < 1: alpha={alpha}, gamma={gamma}, beta={beta}")
     ones = np.ones_like(n_positive)
@@ -72,12 +73,13 @@ def loss_weights(loss, n_positive, n_negative, *, alpha=0.25, gamma=2.0, beta=0.
     if loss == "focal":
         return LossWeights(alpha * ones, (1 - alpha) * ones, gamma)
 
-    one_sided = np.flatnonzero((n_positive == 0) | (n_negative == 0))
-    if len(one_sided):
-        warnings.warn(f"{loss}: classes {one_sided.tolist()} have films of one label only; the absent side gets weight 0", stacklevel=2)
+    one_sided = np.flatnonzero((n_positive == 0) | (n_negative == 0)).tolist()
+    if one_sided and loss in LOSSES:
+        effect = "the absent label gets weight 0" if loss == "cb_focal" else "WBCE gives the label that is there weight 0: they are not learned"
+        warnings.warn(f"{loss}: outputs {one_sided} have training films of one label only; {effect}", stacklevel=2)
     if loss == "wbce":
         if scheme == "paper":
-            total = np.maximum(n_positive + n_negative, 1)
+            total = n_positive + n_negative
             return LossWeights(n_negative / total, n_positive / total, 0.0)
         if scheme == "pos_weight":
             return LossWeights(np.divide(n_negative, n_positive, out=np.zeros_like(ones), where=n_positive > 0), ones, 0.0)

@@ -3,6 +3,7 @@
 To add a backbone of its own kind, add one branch to `_trunk`; any convolutional timm model already works by its name.
 """
 
+import difflib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def build_model(backbone, n_outputs, init="scratch", seed=0):
         ImageNet weights that cannot be downloaded, or a file that does not fit; the message says what to do.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed GPUs too, which fork_rng([]) does not put back
         trunk, n_features = _trunk(backbone, pretrained=init == "imagenet")
         model = Classifier(trunk, n_features, n_outputs)
     if init not in ("scratch", "imagenet"):
@@ -90,7 +91,7 @@ def _trunk(backbone, pretrained):
 
         import timm
         if not timm.is_model(backbone):
-            near = timm.list_models(f"*{backbone.split('.')[0][:6]}*")[:5]
+            near = difflib.get_close_matches(backbone, [*LAYERS, *timm.list_models()], n=5)
             raise ValueError(f"backbone {backbone!r} is neither one of {sorted(LAYERS)} nor a timm model" + (f"; near it: {', '.join(near)}" if near else ""))
         network = timm.create_model(backbone, pretrained=pretrained, num_classes=0, global_pool="")
     except (OSError, RuntimeError) as error:
@@ -101,7 +102,7 @@ def _trunk(backbone, pretrained):
             "local file (.pth or .safetensors), or set init: scratch to train from random weights") from error
     with torch.no_grad():
         maps = network.eval()(torch.zeros(1, 3, 224, 224))
-    if maps.ndim != 4:
+    if maps.ndim != 4 or getattr(network, "output_fmt", "NCHW") != "NCHW":  # windowed transformers put the channels last
         raise ValueError(f"backbone {backbone!r} gives features of shape {tuple(maps.shape)}, not maps (1, F, h, w): choose a convolutional model")
     return network.train(), maps.shape[1]
 
@@ -110,8 +111,9 @@ def _load_trunk(trunk, path, backbone):
     state = read_weights(path)
     if any(name.startswith("trunk.") for name in state):
         state = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
-    state = {_modern_name(name.removeprefix("features.")): tensor for name, tensor in state.items()}
     wanted = trunk.state_dict()
+    # torchvision's DenseNet has a level `features` that our trunk lacks; some timm trunks have it too.
+    state = {name if name in wanted else _modern_name(name.removeprefix("features.")): tensor for name, tensor in state.items()}
     # A truncated DenseNet has a new final norm: the released one belongs to 1024 channels and is left out, as in the paper.
     new = {name for name in wanted if name.startswith("norm5.")} if backbone == "tdensenet" else set()
     missing = [name for name in wanted if name not in state and name not in new and not name.endswith("num_batches_tracked")]
@@ -143,7 +145,7 @@ def read_weights(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise RuntimeError(f"no weights file at {path}")
+        raise RuntimeError(f"no weights file at {path} (init takes imagenet, scratch, or the path of such a file)")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -151,7 +153,9 @@ def read_weights(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and pickle raise types of their own
         raise RuntimeError(f"{path} is not a readable weights file ({type(error).__name__}: {error})") from error
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise RuntimeError(f"{path} holds no dictionary of tensors: save model.state_dict()")
     return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
 
 

@@ -8,10 +8,11 @@ Parameters are flat `key: value` pairs, as papermill merges them. `params/studie
 import ast
 import difflib
 import itertools
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -34,8 +35,8 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     study: str = Field("demo", pattern=r"^[A-Za-z0-9_]+$", description="name: results go to outputs/<study>/")
-    runs: list[str] = Field(list(GRID), description="the runs of the study, each a file of params/runs")
-    seeds: list[int] = Field([0], min_length=1, description="every run is trained once per seed")
+    runs: list[str] = Field(list(GRID), min_length=1, description="the runs of the study, each a file of params/runs")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="every run is trained once per seed")
     # data
     release: Literal["phantom", "nih"] = Field("phantom", description="phantom (simulated films, made on the spot) or nih")
     data_root: str = Field("", description="folder of the release; empty: the phantom's own folder in outputs")
@@ -43,10 +44,11 @@ class Study(BaseModel):
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train_val films held out, by patient")
     phantom_films: int = Field(1800, ge=60, description="films of the simulated release")
     phantom_size: int = Field(224, ge=64, le=1024, description="their side, pixels")
+    phantom_seed: int = Field(0, ge=0, description="which patients are simulated")
     image_size: int = Field(64, ge=32, le=1024, description="side of the films that the models see, pixels")
     no_finding_output: bool = Field(True, description="multilabel: 15 outputs with 'No Finding'; False: 14")
     # training
-    init: str = Field("scratch", min_length=1, description="imagenet, scratch, or a local weights file (.safetensors, .pth)")
+    init: str = Field("phantom", min_length=1, description="imagenet, phantom (other simulated films first), scratch, or a weights file")
     epochs: int = Field(2, ge=1, description="passes over the training films")
     batch_size: int = Field(32, ge=2, description="films per step, all devices together")
     learning_rate: float = Field(1e-3, gt=0, description="Adam's, at the start of the cosine")
@@ -86,6 +88,13 @@ class Study(BaseModel):
                 raise ValueError(f"no file params/runs/{name}.yaml{_nearest(name, known)}")
         return runs
 
+    @field_validator("runs", "seeds")
+    @classmethod
+    def _each_once(cls, values):
+        if len(set(values)) < len(values):
+            raise ValueError("names an entry twice")
+        return values
+
     @model_validator(mode="after")
     def _release_has_a_root(self):
         if self.release == "nih" and not self.data_root:
@@ -106,11 +115,16 @@ class Study(BaseModel):
         Raises
         ------
         ParameterError
-            Unknown key (the nearest right one is named) or value out of range.
+            Unknown key (the nearest right one is named), value out of range, or a kernel in which the notebook has run before.
         """
         shell = {"In", "Out", "exit", "quit", "get_ipython"}
-        return cls.build({key: value for key, value in namespace.items()
-                          if not key.startswith("_") and key not in shell and not callable(value) and not isinstance(value, ModuleType)})
+        values = {key: value for key, value in namespace.items()
+                  if not key.startswith("_") and key not in shell and not callable(value) and not isinstance(value, ModuleType)}
+        results = [key for key, value in values.items() if not isinstance(value, (str, int, float, list, tuple, dict, type(None)))]
+        if results:
+            raise ParameterError(f"{', '.join(results[:3])}: no plain values, so this kernel has run the notebook before and parameters cannot be told "
+                                 "from results. Restart the kernel and run all cells")
+        return cls.build(values)
 
     @classmethod
     def build(cls, values, source="the parameters"):
@@ -129,8 +143,8 @@ class Study(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """outputs/<study>"""
-        return ROOT / "outputs" / self.study
+        """outputs/<study>, or <study> in the folder that the environment variable OUTPUTS names"""
+        return ROOT / (os.environ.get("OUTPUTS") or "outputs") / self.study
 
     @property
     def release_folder(self) -> Path:
@@ -175,6 +189,12 @@ class Run(Study):
     def run_folder(self) -> Path:
         """outputs/<study>/<run>/seed<k>"""
         return self.folder / self.name / f"seed{self.seed}"
+
+    @property
+    def pretext(self) -> "Run":
+        """The run that `init: phantom` starts from: all labels, BCE, on the simulated patients of params/studies/pretext.yaml."""
+        study = load(ROOT / "params" / "studies" / "pretext.yaml")
+        return Run.build({**study, "image_size": self.image_size, "task": "multilabel", "backbone": self.backbone, "loss": "bce"}, "params/studies/pretext.yaml")
 
     @property
     def weights_path(self) -> Path:

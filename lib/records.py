@@ -1,7 +1,9 @@
 """The one place that writes results: every file goes to a temporary name first and is moved into place whole."""
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +28,7 @@ def atomic(path):
     Raises
     ------
     OSError
-        Of the writer; a full disk is named as such, with the file that did not fit.
+        The disk is full; the file that did not fit is named. Other errors of the writer pass as they are.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,12 +41,17 @@ def atomic(path):
             os.fsync(written.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == 28:
-            raise OSError(28, f"no space left on the disk while writing {path}; nothing was replaced. Free some space and run again") from error
+    except Exception as error:
+        if _disk_is_full(error, path.parent):
+            raise OSError(errno.ENOSPC, f"no space left on the disk while writing {path}; nothing was replaced. Free some space and run again") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _disk_is_full(error, folder):
+    """Whether a writer failed for want of space. safetensors and torch raise types of their own, and torch does not name the cause."""
+    return getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error) or shutil.disk_usage(folder).free < 2**20
 
 
 def _umask():
@@ -96,8 +103,8 @@ def write_text(text, path):
 
 
 def write_json(record, path):
-    """Write a dictionary as indented JSON, atomically. NaN is refused: JSON has none."""
-    write_text(json.dumps(record, indent=1, allow_nan=False, default=str) + "\n", path)
+    """Write a dictionary of plain values as indented JSON, atomically. NaN is refused: JSON has none."""
+    write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", path)
 
 
 def read_json(path):

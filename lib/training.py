@@ -10,34 +10,40 @@ import json
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
+import threading
 import time
-from datetime import datetime, timezone
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 from lib import records
 from lib.analysis.inference import predict
 from lib.analysis.metrics import classification_metrics
 from lib.data import open_data
-from lib.data.batches import evaluation_batches, count_batches, training_batches
+from lib.data.batches import count_batches, evaluation_batches, training_batches
 from lib.data.nih import task_targets
+from lib.devices import choose_device, device_name, gpu_names, hold_gpus, uses_bfloat16
+from lib.locks import exclusive
 from lib.losses import imbalance_loss, loss_weights
 from lib.models import build_model
 from lib.params import ROOT, Run
 
 # What the weights depend on: a finished or interrupted run is carried on only while all of these stand unchanged.
-IDENTITY = ("task", "backbone", "loss", "seed", "no_finding_output", "image_size", "validation_fraction", "init", "epochs", "batch_size",
+IDENTITY = ("task", "backbone", "loss", "seed", "no_finding_output", "image_size", "validation_fraction", "epochs", "batch_size",
             "learning_rate", "weight_decay", "warmup_steps", "final_learning_rate", "gradient_clip", "jitter", "precision", "gpus",
             "alpha", "gamma", "beta", "wbce_scheme", "cb_scale", "loss_factor")
+# The modules that the weights depend on, too: edited, they start a run over.
+CODE = ("training.py", "models.py", "losses.py", "data/batches.py")
 
 
 class TrainingError(RuntimeError):
@@ -47,27 +53,50 @@ class TrainingError(RuntimeError):
 def train(run):
     """Train `run`, or carry it on, in this process or, for `run.gpus` > 1, under torchrun; see `fit`.
 
+    With `init: phantom` the pretext run is trained first, where that has not been done. It stands in for ImageNet: as in the paper all runs
+    of a backbone start from the same features, learnt with plain cross-entropy on other images, here simulated films of other patients.
+
     Returns
     -------
     DataFrame
         The rows of training.csv.
     """
+    if run.init == "phantom":
+        train(run.pretext)
     if run.gpus == 1:
         return fit(run)
     resolved = run.run_folder / "resolved.json"
     records.write_json(run.model_dump(), resolved)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.gpus}", "-m", "lib.training", str(resolved)]
-    # A session of its own, so that the workers die with this process however it ends, and a crash of theirs leaves it alive.
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.gpus}", "-m", "lib.training", str(resolved), LIFELINE]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | _own_gpus(run), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
         if process.wait():
             raise TrainingError(f"torchrun ended with status {process.returncode}; its output is above")
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        process.stdin.close()
+        process.kill()
+        process.wait()
     return records.read_table(run.run_folder / "training.csv")
+
+
+# The workers read a pipe that this process never writes to: when it closes, because this process ended or was killed, they end too.
+LIFELINE = "--until-stdin-closes"
+
+
+def _hold_lifeline():
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _own_gpus(run):
+    """The environment in which torchrun sees `run.gpus` GPUs that no other run holds; nothing to set on other devices."""
+    if run.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return {}
+    names = gpu_names()
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in hold_gpus(run.gpus))}
 
 
 def fit(run):
@@ -91,19 +120,34 @@ def fit(run):
         A loss that is not finite (the last good epoch's state is kept), or a validation split on which AUROC is undefined.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(run.device, int(os.environ.get("LOCAL_RANK", 0)))
-    started = datetime.now(timezone.utc)
+    device = choose_device(run.device, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
     # Weights first: an ImageNet file that cannot be fetched must stop the run before any film is decoded.
-    model = build_model(run.backbone, n_outputs(run), run.init, run.seed)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    init = str(run.pretext.weights_path) if run.init == "phantom" else run.init
+    model = build_model(run.backbone, n_outputs(run), init, run.seed)
+    with ExitStack() as held:
+        if rank == 0:
+            run.run_folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(run.run_folder / ".lock", f"{run.name} seed {run.seed}: another process trains it; waiting for its result"))
+        if world > 1:
+            # The other ranks wait here for the one that waits for the lock, and at the end of each epoch for the one that validates.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        history = _fit(run, model, init, device, rank, world)
+        if world > 1:
+            dist.destroy_process_group()
+    return history
+
+
+def _fit(run, model, init, device, rank, world):
+    started = datetime.now(UTC)
     release, store = open_data(run)
     targets, classes = task_targets(release.targets, run.task, run.no_finding_output)
     rows = {split: store.rows(split) for split in ("train", "val", "test")}
     n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
     weights = loss_weights(run.loss, n_positive, len(rows["train"]) - n_positive, alpha=run.alpha, gamma=run.gamma, beta=run.beta,
                            scheme=run.wbce_scheme, scale=run.cb_scale)
-    identity = {**{key: getattr(run, key) for key in IDENTITY}, "films": store.fingerprint}
+    identity = {**{key: getattr(run, key) for key in IDENTITY}, "films": store.fingerprint,
+                "code": _digest(*(Path(__file__).parent / name for name in CODE)),
+                "initial_weights": init if init in ("scratch", "imagenet") else _digest(init)}
     record = {"status": "running", "run": run.name, "parameters": run.model_dump(), "identity": identity, "classes": classes,
               "films": {split: len(index) for split, index in rows.items()}, "n_positive_train": n_positive.tolist(),
               "loss_weights": {"positive": weights.positive.tolist(), "negative": weights.negative.tolist(), "gamma": weights.gamma, "scale": weights.scale},
@@ -119,6 +163,10 @@ def fit(run):
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=device.type in ("cpu", "cuda"))
     state = latest_state(run.run_folder / "state", identity)
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        discard_rest(run.run_folder, state)
     history, best = [], {"val_auroc": -math.inf, "model": None}
     if state:
         model.load_state_dict(state["model"])
@@ -135,7 +183,7 @@ def fit(run):
                                    seed=run.seed, epoch=epoch, device=device, rank=rank, world_size=world, jitter=run.jitter)
         row = _train_epoch(replica, optimizer, batches, weights, run, epoch, len(rows["train"]), low_precision, rank, world)
         if rank == 0:
-            row |= _validate(model, store, rows["val"], targets, classes, weights, run, device)
+            row |= _validate(model, store, rows["val"], targets, classes, weights, run, epoch, device)
             row["seconds"] = round(time.perf_counter() - clock, 2)
             row["films_per_second"] = round(len(rows["train"]) / row["seconds"], 1)
             history = [*history, row]
@@ -150,19 +198,19 @@ def fit(run):
             dist.barrier()
 
     if rank == 0:
+        records.write_table(pd.DataFrame(history), run.run_folder / "training.csv")
         header = {"run": run.name, "backbone": run.backbone, "task": run.task, "classes": json.dumps(classes)}
         last = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         for name, tensors in (("model_last.safetensors", last), ("model.safetensors", best["model"])):
             with records.atomic(run.run_folder / name) as temporary:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=header)
-        finished = datetime.now(timezone.utc)
+                temporary.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=header))
+        finished = datetime.now(UTC)
         best_row = max(history, key=lambda row: row["val_auroc"])
         records.write_json({**record, "status": "finished", "finished": finished.isoformat(timespec="seconds"),
                             "train_seconds": round(sum(row["seconds"] for row in history), 1), "best_epoch": best_row["epoch"],
                             "best_val_auroc": best_row["val_auroc"]}, run.run_folder / "run.json")
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
     return pd.DataFrame(history)
 
 
@@ -188,24 +236,29 @@ def _train_epoch(model, optimizer, batches, weights, run, epoch, n_films, low_pr
             # On a GPU every look at a value waits for the device: look rarely there. The epoch's state is only written after a look.
             losses.append(loss.detach())
             if device.type == "cpu" or step % 50 == 49 or step == steps - 1:
-                _check_finite(torch.stack(losses[-50:]), run, epoch, step)
+                _check_finite(torch.stack(losses[-50:] + norms[-50:]), run, epoch, f"step {step + 1}")
             optimizer.step()
             if time.monotonic() - said > 20:
                 said = time.monotonic()
                 _say(rank, f"{run.name} seed {run.seed}: epoch {epoch}/{run.epochs}  step {step + 1}/{steps}  loss {losses[-1].item():.4f}")
-    return {"epoch": epoch, "learning_rate": rate, "train_loss": torch.stack(losses).mean().item(), "gradient_norm": torch.stack(norms).mean().item()}
+    mean_loss = torch.stack(losses).mean()
+    if world > 1:
+        dist.all_reduce(mean_loss)
+    return {"epoch": epoch, "learning_rate": rate, "train_loss": mean_loss.item() / world, "gradient_norm": torch.stack(norms).mean().item()}
 
 
-def _check_finite(losses, run, epoch, step):
-    if not torch.isfinite(losses).all():
-        raise TrainingError(f"{run.name} seed {run.seed}: the loss is not finite at epoch {epoch}, step {step + 1}. The state after epoch {epoch - 1} is "
-                            "kept. Lower learning_rate, set gradient_clip (for example 1.0), or set precision: float32, then run again")
+def _check_finite(values, run, epoch, where):
+    if not torch.isfinite(values).all():
+        kept = f"The state after epoch {epoch - 1} is kept" if epoch > 1 else "No epoch was finished"
+        raise TrainingError(f"{run.name} seed {run.seed}: the loss or its gradient is not finite at epoch {epoch}, {where}. {kept}. "
+                            "Lower learning_rate, set gradient_clip (for example 1.0), or set precision: float32, then run again")
 
 
-def _validate(model, store, rows, targets, classes, weights, run, device):
+def _validate(model, store, rows, targets, classes, weights, run, epoch, device):
     logits = predict(model, evaluation_batches(store, rows, targets, image_size=run.image_size, batch_size=run.batch_size, device=device))
     targets = targets[rows]
     loss = run.loss_factor * imbalance_loss(torch.from_numpy(logits).double(), torch.from_numpy(targets).double(), weights)
+    _check_finite(loss, run, epoch, "on the validation films")
     patients = store.films["patient"].to_numpy()[rows]
     metrics = classification_metrics(logits, targets, classes, patients, n_replicates=0).set_index("class")
     return {"val_loss": loss.item(), "val_auroc": float(metrics.loc["Average", "auroc"])}
@@ -214,7 +267,8 @@ def _validate(model, store, rows, targets, classes, weights, run, device):
 def _check_validation(targets, classes):
     positives = targets.sum(0)
     if not ((positives > 0) & (positives < len(targets))).any():
-        raise TrainingError(f"no class of {classes} has both labels among the {len(targets)} validation films, so AUROC is undefined: raise validation_fraction")
+        raise TrainingError(f"no class of {classes} has both labels among the {len(targets)} validation films, so AUROC is undefined: "
+                            "raise validation_fraction")
 
 
 def schedule(step, total, warmup, final):
@@ -227,10 +281,15 @@ def write_state(state, folder):
     """Write a generation of the training state and drop all but the two latest.
 
     The digest of the bytes is part of the name, so a file that was cut short or changed is never taken for a state.
+
+    Raises
+    ------
+    OSError
+        The disk is full; the generations before are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with records.atomic(folder / "writing.pt") as temporary:
-        torch.save(state, temporary)
+        with open(temporary, "wb") as file:  # given a path, torch.save reports a full disk as an error of its own
+            torch.save(state, file)
         name = f"epoch-{state['epoch']:05d}-{_digest(temporary)}.pt"
     os.replace(folder / "writing.pt", folder / name)
     for old in sorted(folder.glob("epoch-*.pt"))[:-2]:
@@ -252,6 +311,15 @@ def latest_state(folder, identity):
     return None
 
 
+def discard_rest(run_folder, state):
+    """Remove what a killed process left half-written, and the saved states that cannot follow on `state`: the damaged, and those of other
+    parameters. Left in place they would count among the two latest."""
+    whole = [] if state is None else [path for path in (run_folder / "state").glob("epoch-*.pt") if path.stem.rpartition("-")[2] == _digest(path)]
+    for path in [*(run_folder / "state").glob("*"), *(run_folder / "state").glob(".*"), *run_folder.glob(".model*"), *run_folder.glob(".training*")]:
+        if path not in whole:
+            path.unlink()
+
+
 def finished_history(run, identity):
     """The rows of training.csv if `run` is finished with this very identity, else None."""
     paths = [run.run_folder / name for name in ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")]
@@ -267,42 +335,17 @@ def _changed(old, new):
     return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
 
 
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def _digest(*paths):
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def n_outputs(run):
     """Logits of a run: 1 for the binary task, else 15, or 14 without 'No Finding'."""
     return 1 if run.task == "binary" else 14 + run.no_finding_output
-
-
-def choose_device(name="auto", local_rank=0):
-    """The torch device that a parameter names; 'auto' takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise TrainingError(f"device {name!r} was asked for, and torch sees no GPU: set device to auto or cpu")
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def device_name(device):
-    """What the device is, for the record."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-
-
-def uses_bfloat16(precision, device):
-    """Whether training runs under bfloat16 autocast: 'auto' says yes only where the hardware has units for it."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def environment():
@@ -319,4 +362,6 @@ def _say(rank, text):
 
 
 if __name__ == "__main__":
-    fit(Run.build(json.loads(open(sys.argv[1], encoding="utf-8").read()), sys.argv[1]))
+    if LIFELINE in sys.argv:
+        threading.Thread(target=_hold_lifeline, daemon=True).start()
+    fit(Run.build(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[1]))

@@ -83,6 +83,7 @@ def test_cam_grid_titles_scale_and_missing_run():
     maps = [image for ax in figure.axes[:15] for image in ax.images if image.get_cmap().name == "heat"]
     assert len(maps) == 11 and {image.get_clim() for image in maps} == {(0, 1)}
     assert len(figure.axes) == 16  # 3 x 5 panels and one colour bar
+    drawn(figures.cam_grid(FILMS[:1], cams[:1, :1], BOXES[:1], ["Mass"], probabilities[:1, :1], losses=["focal"], data_label=LABEL))
     box = figure.axes[0].patches[0]
     assert (*box.get_xy(), box.get_width(), box.get_height()) == (2, 3, 8, 9)
 
@@ -165,6 +166,16 @@ def test_training_curves():
     assert {"training", "validation", "  weights kept  "} <= drawn(figures.training_curves(one, kept_epoch=2, data_label=LABEL))
     many = pd.concat([one.assign(loss=loss) for loss in LOSSES])
     assert set(LOSSES.values()) <= drawn(figures.training_curves(many, data_label=LABEL))
+
+
+def test_loss_weights():
+    positive, negative = pd.Series({"Mass": 0.9, "Nodule": 0.6}), pd.Series({"Mass": 0.1, "Nodule": 0.4})
+    figure = figures.loss_weights(positive, negative, 2.0, data_label=LABEL)
+    assert {"Mass", "Nodule", "BCE"} <= drawn(figure)
+    line = next(line for line in figure.axes[1].lines if line.get_label() == "Mass")
+    p = line.get_xdata()[-1]
+    assert np.isclose(line.get_ydata()[-1], -0.1 * p**2 * np.log(1 - p))
+    drawn(figures.loss_weights(positive * 0 + 1, positive * 0 + 1, 0.0, data_label=LABEL))
 
 
 def test_alignment_and_concepts():

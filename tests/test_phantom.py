@@ -11,9 +11,10 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
 from lib.data import phantom
-from lib.data.anatomy import SIGNS, Scene, draw_anatomy, render_film
+from lib.data.anatomy import Scene, draw_anatomy
 from lib.data.nih import CLASSES, FINDINGS
 from lib.data.phantom import label_sets, read_lesion_masks, write_phantom
+from lib.data.signs import SIGNS, render_film
 
 NIH_FILMS = 112120
 
@@ -50,7 +51,7 @@ def test_label_sets_reproduce_every_published_count():
     sets, probability = label_sets()
     films = probability * NIH_FILMS
     assert len(set(sets)) == len(sets) and probability.sum() == pytest.approx(1)
-    count = dict(zip(sets, films))
+    count = dict(zip(sets, films, strict=True))
     assert count[()] == pytest.approx(60361)
     for name, single in phantom.SINGLE.items():
         assert count[(name,)] == pytest.approx(single)
@@ -93,12 +94,15 @@ def test_enrichment_lifts_rare_findings_and_keeps_the_imbalance():
 def test_layout_is_that_of_the_nih_release(release, entries):
     header = (release / "Data_Entry_2017.csv").read_text().splitlines()[0]
     assert header == (
-        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
     )
     assert (release / "BBox_List_2017.csv").read_text().splitlines()[0] == "Image Index,Finding Label,Bbox [x,y,w,h],,,"
     assert len(entries) == 450 and entries["Image Index"].is_unique
     assert entries["Image Index"].str.fullmatch(r"\d{8}_\d{3}\.png").all()
-    assert (entries["Image Index"] == [f"{p:08d}_{f:03d}.png" for p, f in zip(entries["Patient ID"], entries["Follow-up #"])]).all()
+    assert (
+        entries["Image Index"] == [f"{p:08d}_{f:03d}.png" for p, f in zip(entries["Patient ID"], entries["Follow-up #"], strict=True)]
+    ).all()
     assert set("|".join(entries["Finding Labels"]).split("|")) == set(CLASSES)
     assert set(entries["View Position"]) == {"PA", "AP"} and set(entries["Patient Gender"]) == {"M", "F"}
     assert sorted(path.name for path in (release / "images").iterdir()) == sorted(entries["Image Index"])
@@ -120,14 +124,15 @@ def test_reads_through_the_release_reader(release):
     from lib.data.nih import read_release
 
     read = read_release(release)
-    assert len(read.films) == 450 and len(read.problems) == 0 and len(read.boxes) == len(read_boxes(release))
+    assert set(read.problems["kind"]) <= {"label alias"}  # 'Infiltrate', as in NIH's own file
+    assert len(read.films) == 450 and len(read.boxes) == len(read_boxes(release))
 
 
 # films, masks and boxes
 
 
 def test_masks_name_exactly_the_findings_of_the_labels(release, entries):
-    for name, labels in zip(entries["Image Index"], entries["Finding Labels"]):
+    for name, labels in zip(entries["Image Index"], entries["Finding Labels"], strict=True):
         masks = read_lesion_masks(release, name)
         assert set(masks) == set(labels.split("|")) - {"No Finding"}, name
         assert all(mask.dtype == bool and mask.shape == (64, 64) for mask in masks.values())
@@ -138,11 +143,11 @@ def test_boxes_fit_the_masks_of_the_test_films(release, entries):
     test = set((release / "test_list.txt").read_text().split())
     wanted = {
         (image, label.replace("Infiltration", "Infiltrate"))
-        for image, labels in zip(entries["Image Index"], entries["Finding Labels"])
+        for image, labels in zip(entries["Image Index"], entries["Finding Labels"], strict=True)
         for label in labels.split("|")
         if image in test and label in phantom.BOXED
     }
-    assert len(boxes) == len(wanted) and set(zip(boxes["image"], boxes["class"])) == wanted
+    assert len(boxes) == len(wanted) and set(zip(boxes["image"], boxes["class"], strict=True)) == wanted
     assert (boxes[["x", "y"]] >= 0).all(axis=None) and (boxes["x"] + boxes["w"] <= 1024).all() and (boxes["y"] + boxes["h"] <= 1024).all()
     for image, name, x, y, w, h in boxes.itertuples(index=False):
         mask = read_lesion_masks(release, image)[name.replace("Infiltrate", "Infiltration")]
@@ -162,7 +167,7 @@ def test_a_finding_changes_the_film_mainly_inside_its_mask(finding):
         film, masks = render_film(patient(number), findings=frozenset({finding}), **arguments)
         near = cv2.dilate(masks[finding].astype(np.uint8), np.ones((5, 5))).astype(bool)
         change = np.abs(film.astype(float) - without)
-        assert masks[finding].any() and change[near].sum() > 0.75 * change.sum(), (finding, number)
+        assert masks[finding].any() and change[near].sum() > 0.7 * change.sum(), (finding, number)
         assert change[masks[finding]].mean() > 8, (finding, number)
 
 
@@ -178,10 +183,10 @@ def test_signs_have_their_defining_measures():
         arguments = dict(size=256, view="PA", key=(0, number, 0))
         _, masks = render_film(patient(number), findings=frozenset({"Cardiomegaly", "Mass", "Nodule"}), **arguments)
         thorax = 2 * patient(number).width * 256
-        assert np.ptp(np.nonzero(masks["Cardiomegaly"])[1]) / thorax > 0.5  # over 0.55 before the film is turned and scaled (0.85 to 1.12)
+        assert np.ptp(np.nonzero(masks["Cardiomegaly"])[1]) / thorax > 0.5  # over 0.55 before the film is turned and scaled (0.8 to 1.1)
         _, _, mass, _ = cv2.connectedComponentsWithStats(masks["Mass"].astype(np.uint8))
         _, _, nodules, _ = cv2.connectedComponentsWithStats(masks["Nodule"].astype(np.uint8))
-        single = np.pi * (0.028 * 1.12 * 256) ** 2
+        single = np.pi * (0.029 * 1.1 * 256) ** 2
         assert np.median(nodules[1:, 4]) <= 2.1 * single and mass[1:, 4].max() > single
     normal = Scene(patient(0), 256)
     heart, lungs = np.nonzero(normal.heart)[1], np.nonzero(normal.lung)[1]
@@ -263,7 +268,7 @@ def test_errors_name_what_is_wrong(tmp_path, release):
 
 def test_a_linear_probe_on_raw_pixels_does_not_solve_it(tmp_path):
     root = tmp_path / "probe"
-    write_phantom(root, n_films=900, size=64, seed=0, workers=1)
+    write_phantom(root, n_films=600, size=64, seed=0, workers=1)
     entries = pd.read_csv(root / "Data_Entry_2017.csv", index_col=False)
     targets = entries["Finding Labels"].str.get_dummies("|")[list(FINDINGS)].to_numpy(float)
     films = [cv2.imread(str(root / "images" / name), 0) for name in entries["Image Index"]]

@@ -6,13 +6,16 @@ import shutil
 import struct
 import time
 import zlib
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 
+from lib.data import open_data
 from lib.data import store as store_module
 from lib.data.nih import Release
 from lib.data.nih_files import BOX_COLUMNS
@@ -159,7 +162,9 @@ def test_build_and_reuse(tmp_path, decoded):
     assert store.films.equals(release.films) and store.size == 32 and store.unreadable == []
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["images.npy", "lock", "store.json"]
     assert store.rows("train").tolist() == list(range(53)) and store.rows("test").tolist() == list(range(53, 70))
-    assert store.rows("train").dtype == np.int64 and len(store.rows("val")) == 0
+    assert store.rows("train").dtype == np.int64 and len(store.rows("val")) == 0 and store.rows("all").tolist() == list(range(70))
+    with pytest.raises(ValueError, match="split is 'validation'"):
+        store.rows("validation")
 
     decoded.clear()
     again = open_store(release, tmp_path / "s", 32, workers=1)
@@ -264,8 +269,8 @@ def partial_build(tmp_path: Path, release: Release, done: int) -> Path:
     images = whole.images.copy()
     images[done:] = 0
     np.save(folder / "building" / "images.npy", images)
-    state = (np.arange(len(images)) < done).astype(np.uint8)
-    store_module._write_progress(folder / "building" / "progress.npy", store_module._signatures(release.films), state)
+    signatures = store_module._signatures(release.films)
+    store_module._write_progress(folder / "building" / "progress.npy", signatures, np.arange(len(images)) < done)
     return folder
 
 
@@ -332,7 +337,7 @@ def test_kill_9_leaves_nothing_that_looks_finished_and_no_lock(tmp_path, decoded
 
 def progress_of(folder: Path) -> np.ndarray:
     try:
-        return np.load(folder / "building" / "progress.npy")["state"]
+        return np.load(folder / "building" / "progress.npy")["done"]
     except FileNotFoundError:
         return np.zeros(1)
 
@@ -483,7 +488,21 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
     assert all((store.images[i] == decode_film(png(film(i)), 32)).all() for i in range(40))
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_a_worker_that_was_killed(tmp_path, monkeypatch):
+    def broken(*_):
+        raise BrokenProcessPool
+        yield
+
+    release = release_of(tmp_path / "r", films_of(3))
+    results = store_module._results
+    monkeypatch.setattr(store_module, "_results", broken)
+    with pytest.raises(StoreError, match="killed .out of memory.*fewer workers"):
+        open_store(release, tmp_path / "s", 32, workers=1)
+    monkeypatch.setattr(store_module, "_results", results)
+    assert len(open_store(release, tmp_path / "s", 32, workers=1).images) == 3
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
     release = release_of(tmp_path / "r", films_of(1))
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "lock").mkdir()  # opening it for writing fails, whoever runs the test
@@ -505,6 +524,36 @@ def test_the_manifest_can_be_read(tmp_path):
     assert (
         manifest["fingerprint"] == store.fingerprint and manifest["films"] == 3 and manifest["unreadable"][0]["reason"] == "it is truncated"
     )
+
+
+def test_open_data_gives_a_release_whose_films_are_those_of_the_store(tmp_path):
+    root = tmp_path / "r"
+    (root / "images").mkdir(parents=True)
+    names = [f"{i:08d}_000.png" for i in range(1, 11)]
+    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
+    rows = [f"{name},Mass,0,{i},50,M,PA" for i, name in enumerate(names, 1)]
+    (root / "Data_Entry_2017.csv").write_text("\n".join([header, *rows]))
+    (root / "BBox_List_2017.csv").write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n" + "".join(f"{n},Mass,1,1,9,9\n" for n in names)
+    )
+    (root / "train_val_list.txt").write_text("\n".join(names[:7]))
+    (root / "test_list.txt").write_text("\n".join(names[7:]))
+    for i, name in enumerate(names):
+        if i != 2:
+            (root / "images" / name).write_bytes(WHOLE[:100] if i in (0, 8) else png(film(i)))
+    study = SimpleNamespace(
+        release="nih", release_folder=root, store_folder=tmp_path / "s", store_size=32, validation_fraction=0.3, skip_bad_films=True
+    )
+    for _ in range(2):  # built, then reused
+        release, store = open_data(study)
+        assert release.films.equals(store.films) and len(store.images) == len(release.targets) == 7
+        assert set(release.boxes["image"]) == set(release.films["image"]) == set(names) - {names[0], names[2], names[8]}
+        assert all((store.images[row] == decode_film(Path(path).read_bytes(), 32)).all() for row, path in enumerate(release.films["path"]))
+        left_out = release.problems[release.problems["kind"].isin(["film missing", "film left out"])]
+        assert left_out["item"].tolist() == [names[2], names[0], names[8]] and left_out["detail"].tolist()[1:] == ["unreadable"] * 2
+    study.skip_bad_films = False
+    with pytest.raises(ValueError, match="1 of 10 films are missing"):
+        open_data(study)
 
 
 @pytest.mark.skipif("NIH_SAMPLE" not in os.environ, reason="set NIH_SAMPLE to the folder of the real NIH sample")

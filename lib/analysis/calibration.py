@@ -30,7 +30,7 @@ def lesion_maps(masks, classes, boxed, size):
         wanted = [mask for key, mask in lesions.items() if key == name or (name == UNHEALTHY and key in boxed)]
         if wanted:
             maps[p] = cv2.resize(np.any(wanted, axis=0).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
-    return maps
+    return maps.clip(0, 1)  # averages of ones may round to more than 1
 
 
 def planted_channels(masks, boxed, size, rng):

@@ -23,8 +23,8 @@ def class_activation_maps(maps: Tensor, weights: Tensor, method: str = "cam", *,
         Weight of the linear head, one row a class.
     method : {'cam', 'grad', 'gradpp', 'xgrad', 'hires', 'layer'}
         With ``g = W / (h w)`` and ``S_k = sum_xy A_k``: 'cam' ``w = W``; 'grad' (mean gradient) ``w = g``; 'gradpp'
-        ``w = h w relu(g) a``, ``a = g^2 / (2 g^2 + S g^3)``, 0 where the denominator or g is 0; 'xgrad' ``w = sum(g A) / S``, which is g, 0 where
-        S is 0; 'hires' ``sum_k g_k A_k`` element by element; 'layer' ``sum_k relu(g_k) A_k``.
+        ``w = h w relu(g) a``, ``a = g^2 / (2 g^2 + S g^3)``, 0 where the denominator or g is 0; 'xgrad' ``w = sum(g A) / S``, which is g,
+        0 where S is 0; 'hires' ``sum_k g_k A_k`` element by element; 'layer' ``sum_k relu(g_k) A_k``.
     eps : float
         Added to the denominator of 'gradpp' (pytorch-grad-cam uses 1e-6, which outweighs g^2 for a pooled head); the exact form is 0.
 
@@ -108,7 +108,7 @@ def normalise(raw: Tensor, rectify: bool = True) -> Tensor:
 
 
 def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Bilinear resampling of (..., h, w) to (..., H, W) with pixel centres at halves (``align_corners=False``), as cv2.INTER_LINEAR enlarges."""
+    """Bilinear resampling of (..., h, w) to (..., H, W), pixel centres at halves (``align_corners=False``), as cv2.INTER_LINEAR enlarges."""
     size = (size, size) if isinstance(size, int) else tuple(size)
     lead = maps.shape[:-2]
     out = F.interpolate(maps.reshape(1, -1, *maps.shape[-2:]), size=size, mode="bilinear", align_corners=False)

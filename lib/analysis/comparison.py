@@ -12,6 +12,7 @@ from lib.analysis.statistics import mean_interval, metric_differences, paired_di
 
 RUN = ["task", "backbone", "loss"]
 BASELINE = "bce"
+DIFFERENT = "were evaluated on different films or classes: run both again on the same release"
 
 
 def record_means(records, metrics, key, *, n_replicates, seed=0):
@@ -47,11 +48,19 @@ def record_differences(records, metrics, key, *, n_replicates, seed=0):
     -------
     DataFrame
         task, backbone, loss, metric, difference (loss minus BCE), ci_low, ci_high. A run without a BCE run beside it is left out.
+
+    Raises
+    ------
+    ValueError
+        A run and its BCE run have records of different films.
     """
     rows = []
     for run, frame, baseline in _beside_baseline(records):
         for metric in metrics:
-            pairs = _over_seeds(frame, metric, key).merge(_over_seeds(baseline, metric, key), on=["patient", *key], suffixes=("", "_bce"))
+            mine, bce = _over_seeds(frame, metric, key), _over_seeds(baseline, metric, key)
+            pairs = mine.merge(bce, on=["patient", *key], suffixes=("", "_bce"))
+            if not len(mine) == len(bce) == len(pairs):
+                raise ValueError(f"{'-'.join(run)} and its BCE run {DIFFERENT}")
             interval = paired_difference(pairs[metric], pairs[f"{metric}_bce"], pairs["patient"], n_replicates, seed)
             rows.append((*run, metric, interval.point, interval.low, interval.high))
     return pd.DataFrame(rows, columns=[*RUN, "metric", "difference", "ci_low", "ci_high"])
@@ -71,13 +80,18 @@ def prediction_differences(predictions, *, n_replicates, seed=0):
     -------
     DataFrame
         As `record_differences`, of the row 'Average'.
+
+    Raises
+    ------
+    ValueError
+        A run and its BCE run were evaluated on different films or classes.
     """
     rows = []
     for run, frame, baseline in _beside_baseline(predictions):
         logits, targets, classes, patients = prediction_arrays(frame)
         others, other_targets, other_classes, _ = prediction_arrays(baseline)
-        if classes != other_classes or not np.array_equal(targets, other_targets):
-            raise ValueError(f"{'-'.join(run)} and its BCE run were evaluated on different films or classes: run both again on the same release")
+        if set(frame["image"]) != set(baseline["image"]) or classes != other_classes or not np.array_equal(targets, other_targets):
+            raise ValueError(f"{'-'.join(run)} and its BCE run {DIFFERENT}")
         differences = metric_differences(logits, others, targets, classes, patients, n_replicates, seed)
         average = differences[differences["class"] == "Average"]
         rows += [(*run, row.metric, row.point, row.low, row.high) for row in average.itertuples()]

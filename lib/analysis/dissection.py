@@ -1,7 +1,7 @@
 """Pathology-related concepts of single channels (Khakzar et al., sections 3.2 and 4, after Bau et al.).
 
-Three steps over the annotated films: the threshold of each channel over the whole set (`StreamingQuantile`), the connected components of the
-thresholded maps that meet a box (`count_concepts`), and their totals per film (`concept_totals`).
+Three steps over the annotated films: the threshold of each channel over the whole set (`StreamingQuantile`), the connected components of
+the thresholded maps that meet a box (`count_concepts`), and their totals per film (`concept_totals`).
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from lib.analysis.localization import box_mask, pixel_boxes
+from lib.analysis.localization import grouped_pixel_boxes
 
 
 def _compiled(function):
@@ -29,7 +29,7 @@ def _compiled(function):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Of each channel, float32 (F,): ``tau`` (the quantile), ``low`` and ``high`` (extremes); ``usable`` bool (F,), see `StreamingQuantile`."""
+    """Of each channel, float32 (F,): ``tau`` (the quantile), ``low``, ``high`` (extremes); bool (F,) ``usable``, see `StreamingQuantile`."""
 
     tau: np.ndarray
     low: np.ndarray
@@ -40,7 +40,7 @@ class Thresholds:
 class StreamingQuantile:
     """Exact (1 - q)-quantile of each channel over a set of films that is seen once, batch by batch (``P(A_c >= tau_c) = q``).
 
-    Only the largest ``ceil(q N)`` values of a channel (and an eighth more, as room to work) are held, so memory is about ``1.13 q`` of all maps.
+    Only the largest ``ceil(q N)`` values of a channel (and a quarter more, as room to work) are held: about ``1.25 q`` of all maps.
     The result does not depend on the order or the size of the batches.
 
     Parameters
@@ -80,44 +80,41 @@ class StreamingQuantile:
             raise ValueError(f"{self.layer}: maps of {(channels, height, width)} after maps of {self._shape}; one quantile needs one shape")
         if self._seen + batch > self.n_films:
             raise ValueError(f"{self.layer}: more than the {self.n_films} films that were announced")
-        low, high = maps.amin(dim=(2, 3)).numpy(), maps.amax(dim=(2, 3)).numpy()    # both pass NaN on
-        bad = ~(np.isfinite(low) & np.isfinite(high))
-        if bad.any():
-            film, channel = np.argwhere(bad)[0]
-            raise ValueError(f"{self.layer}: NaN or infinite activation in channel {channel} of film {self._seen + film}")
-        self._seen += batch
-        np.minimum(self._low, low.min(axis=0), out=self._low)
-        np.maximum(self._high, high.max(axis=0), out=self._high)
-        position = np.zeros(channels, dtype=np.int64)
-        values = maps.flatten(2).numpy()
-        while True:
-            _collect(values, high, self._bar, self._kept, self._filled, position)
-            full = np.flatnonzero(position < batch * height * width)
-            for channel in full:
+        for film in maps:                                       # one by one: a film's maps stay in the processor's cache
+            low = film.amin(dim=(1, 2)).numpy()
+            if not (np.isfinite(low).all() and torch.isfinite(film.max())):     # extremes pass NaN on
+                channel = int((~torch.isfinite(film)).flatten(1).any(dim=1).int().argmax())
+                raise ValueError(f"{self.layer}: NaN or infinite activation in channel {channel} of film {self._seen}")
+            self._seen += 1
+            np.minimum(self._low, low, out=self._low)
+            values, channel, word = film.flatten(1).numpy(), 0, 0
+            while True:
+                channel, word = _collect(values, self._bar, self._kept, self._filled, channel, word)
+                if channel == len(values):
+                    break
                 self._prune(channel)
-            if len(full) == 0:
-                return
 
     def result(self) -> Thresholds:
         """Thresholds after the last film.
 
-        A channel is usable unless it is dead or constant (``high - low <= 1e-6 max(|low|, |high|)``) or so sparse that ``tau <= low``: there
-        ``>= tau`` selects the whole film and P = q cannot hold.
+        A channel is usable unless it is dead or constant (``high - low <= 1e-6 max(|low|, |high|)``) or so sparse that ``tau <= low``:
+        there ``>= tau`` selects the whole film and P = q cannot hold.
         """
         if self._seen != self.n_films:
             raise ValueError(f"{self.layer}: {self._seen} films were seen, {self.n_films} announced")
-        tau = np.empty(len(self._kept), dtype=np.float32)
+        tau, high = np.empty((2, len(self._kept)), dtype=np.float32)
         for channel, filled in enumerate(self._filled):
+            high[channel] = self._kept[channel, :filled].max()
             lowest = filled - self._m
             ranks = [lowest, min(lowest + 1, filled - 1)]
             lower, upper = np.partition(self._kept[channel, :filled], ranks)[ranks].astype(np.float64)
             # In float64 and from the nearer end, as np.quantile does; the rank too, which float32 cannot hold for long streams.
             step, fraction = upper - lower, self._fraction
             tau[channel] = lower + step * fraction if fraction < 0.5 else upper - step * (1 - fraction)
-        magnitude = np.maximum(np.abs(self._low), np.abs(self._high)).astype(np.float64)
-        spread = self._high.astype(np.float64) - self._low
+        magnitude = np.maximum(np.abs(self._low), np.abs(high)).astype(np.float64)
+        spread = high.astype(np.float64) - self._low
         usable = (spread > 1e-6 * magnitude) & (tau > self._low)
-        return Thresholds(tau, self._low.copy(), self._high.copy(), usable)
+        return Thresholds(tau, self._low.copy(), high, usable)
 
     def _start(self, channels: int, height: int, width: int) -> None:
         total = self.n_films * height * width
@@ -125,12 +122,11 @@ class StreamingQuantile:
         self._fraction = rank - np.floor(rank)
         self._m = total - int(np.floor(rank))
         self._shape = (channels, height, width)
-        room = min(self._m + max(64, self._m // 8), total + 16)
+        room = min(self._m + max(64, self._m // 4), total + 16)
         self._kept = np.empty((channels, room), dtype=np.float32)
         self._filled = np.zeros(channels, dtype=np.int64)
         self._bar = np.full(channels, -np.inf, dtype=np.float32)    # a value at or below it is not among the m largest
         self._low = np.full(channels, np.inf, dtype=np.float32)
-        self._high = np.full(channels, -np.inf, dtype=np.float32)
 
     def _prune(self, channel: int) -> None:
         held = self._kept[channel, :self._filled[channel]]
@@ -142,35 +138,28 @@ class StreamingQuantile:
 
 
 @_compiled
-def _collect(values, high, bar, kept, filled, position):
-    """Append the values above each channel's bar to its list; stop at a full list and leave in ``position`` where to go on."""
-    batch, channels, n = values.shape
+def _collect(values, bar, kept, filled, channel, word):
+    """Append the values above each channel's bar to its list, from ``channel``, ``word`` on; return where a list was full, or the end."""
+    channels, n = values.shape
     room = kept.shape[1]
     flags = np.zeros(-(-n // 8) * 8, np.uint8)
     words = flags.view(np.uint64)                               # eight flags at a time: most hold nothing
-    for channel in range(channels):
-        level, count, at = bar[channel], filled[channel], position[channel]
-        while at < batch * n:
-            film = at // n
-            word = (at - film * n) // 8
-            if high[film, channel] > level:
-                source = values[film, channel]
-                for i in range(n):
-                    flags[i] = source[i] > level
-                while word < len(words):
-                    if words[word]:
-                        if count + 8 > room:
-                            break
-                        for i in range(8 * word, min(8 * word + 8, n)):
-                            kept[channel, count] = source[i]    # overwritten by the next one unless it counts
-                            count += flags[i]
-                    word += 1
-                if word < len(words):
-                    at = film * n + 8 * word
-                    break
-            at = (film + 1) * n
+    while channel < channels:
+        level, source, target, count = bar[channel], values[channel], kept[channel], filled[channel]
+        for i in range(n):
+            flags[i] = source[i] > level
+        while word < len(words):
+            if words[word]:
+                if count + 8 > room:
+                    filled[channel] = count
+                    return channel, word
+                for i in range(8 * word, min(8 * word + 8, n)):
+                    target[count] = source[i]                   # overwritten by the next one unless it counts
+                    count += flags[i]
+            word += 1
         filled[channel] = count
-        position[channel] = at
+        channel, word = channel + 1, 0
+    return channel, word
 
 
 # --- components ---------------------------------------------------------------------------------------------------------------------
@@ -192,11 +181,11 @@ def count_concepts(maps: Tensor, tau: np.ndarray, boxes: Sequence, image_size: i
     image_size : int
         Side of the film in pixels.
     resolution : {'image', 'native'}
-        'image': the maps are enlarged bilinearly to the film before the threshold (in float32, as torch does it). 'native': the mask of the map
-        itself; a box covers every cell that one of its pixels lies in.
+        'image': the maps are enlarged bilinearly to the film before the threshold (in float32, as torch does it). 'native': the mask of the
+        map itself; a box covers every cell that one of its pixels lies in.
     connectivity : {8, 4}
     clip : bool
-        The mask is multiplied by the boxes before it is labelled (the other reading, METHODS A19): a component that boxes cut counts several times.
+        The mask is multiplied by the boxes before it is labelled (the other reading): a component that boxes cut counts several times.
     usable : bool (F,), optional
         Channels to count; the others give 0. Default all.
 
@@ -224,11 +213,14 @@ def count_concepts(maps: Tensor, tau: np.ndarray, boxes: Sequence, image_size: i
     values = maps.numpy()
     counts = np.zeros((batch, channels), dtype=np.int32)
     reach = int(connectivity == 8)
-    if resolution == "native":
-        inside = _running([_native_cover(b, image_size, height, width) for b in boxes], height, width)
-        bad = _count_native(values.reshape(batch, channels, -1), width, tau, usable, inside, reach, clip, counts)
+    pieces, film = grouped_pixel_boxes(boxes, image_size)
+    if resolution == "native":                                  # the cells that at least one pixel of a box lies in
+        sides = np.array([width, height])
+        pieces = np.concatenate([pieces[:, :2] * sides // image_size, -(-pieces[:, 2:] * sides // image_size)], axis=1)
+        inside = _running(pieces, film, batch, height, width)
+        bad = _count_native(values.reshape(batch, channels, height * width), width, tau, usable, inside, reach, clip, counts)
     elif resolution == "image":
-        inside = _running([box_mask(b, image_size) for b in boxes], image_size, image_size)
+        inside = _running(pieces, film, batch, image_size, image_size)
         # Cells whose corners are all below this cannot reach tau, not even through rounding.
         level = tau.astype(np.float64)
         level = np.nextafter((level - 1e-6 * np.abs(level) - 1e-44).astype(np.float32), np.float32(-np.inf))
@@ -240,19 +232,18 @@ def count_concepts(maps: Tensor, tau: np.ndarray, boxes: Sequence, image_size: i
     return counts
 
 
-def _native_cover(boxes, image_size: int, height: int, width: int) -> np.ndarray:
-    """Cells (height, width) in which at least one pixel of a box lies."""
-    cover = np.zeros((height, width), dtype=bool)
-    for x1, y1, x2, y2 in pixel_boxes(boxes, image_size):
-        cover[y1 * height // image_size:-(-y2 * height // image_size), x1 * width // image_size:-(-x2 * width // image_size)] = True
-    return cover
-
-
-def _running(covers: list[np.ndarray], height: int, width: int) -> np.ndarray:
+@_compiled
+def _running(pieces, film, batch, height, width):
     """int32 (B, height, width + 1): how many covered pixels of a row lie left of each column; a run meets the boxes where it grows."""
-    inside = np.zeros((len(covers), height, width + 1), dtype=np.int32)
-    for film, cover in enumerate(covers):
-        np.cumsum(cover, axis=1, out=inside[film, :, 1:])
+    inside = np.zeros((batch, height, width + 1), np.int32)
+    for k in range(len(pieces)):
+        for y in range(pieces[k, 1], pieces[k, 3]):
+            for x in range(pieces[k, 0], pieces[k, 2]):
+                inside[film[k], y, x + 1] = 1
+    for b in range(batch):
+        for y in range(height):
+            for x in range(width):
+                inside[b, y, x + 1] += inside[b, y, x]
     return inside
 
 
@@ -308,7 +299,7 @@ def _components(n_runs, row, start, end, touches, parent, reach):
 
 @_compiled
 def _add_run(n_runs, row, start, end, touches, y, begin, stop, inside, clip):
-    """Append the pixels [begin, stop) of row ``y`` to the runs, cut to the boxes with ``clip``; ``inside`` counts box pixels left of each column."""
+    """Append pixels [begin, stop) of row ``y`` to the runs, cut to the boxes with ``clip``; ``inside`` counts box pixels left of each column."""
     if not clip:
         row[n_runs] = y
         start[n_runs] = begin
@@ -440,7 +431,8 @@ def _count_image(values, tau, level, usable, inside, reach, clip, y_low, y_high,
                         bottom[i] = _fma(bl, x_low[i], br * x_high[i])
                     cells[n_cells] = x
                     # Where the step from pixel to pixel exceeds what rounding can move, a row of the cell rises or falls strictly.
-                    slack[n_cells] = np.float32(1e-6 * (x_start[x + 1] - x_start[x])) * max(abs(tl), abs(tr), abs(bl), abs(br))
+                    largest = max(abs(tl), abs(tr), abs(bl), abs(br))
+                    slack[n_cells] = np.float32(1e-6 * (x_start[x + 1] - x_start[x])) * max(largest, np.float32(1e-30))
                     n_cells += 1
                 for j in range(y_start[y], y_start[y + 1]):
                     up, down = y_low[j], y_high[j]

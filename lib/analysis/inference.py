@@ -67,10 +67,12 @@ def stream(model, batches, layers=()):
         On the model's device. Only one batch of maps is alive at a time, if the caller lets go of it.
     """
     model.eval()
-    with recorded(model, layers) as maps, torch.inference_mode():
+    with recorded(model, layers) as maps:
         for batch in batches:
-            logits = model(batch.images)
-            yield Output(batch.rows, logits.float(), {name: maps[name].float() for name in layers})
+            with torch.inference_mode():  # left before the yield: it would hold for the caller's code between batches too
+                logits = model(batch.images).float()
+                output = Output(batch.rows, logits, {name: maps[name].float() for name in layers})
+            yield output
 
 
 def predict(model, batches):

@@ -73,15 +73,21 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
         chosen = pd.concat([part for _, part in found], ignore_index=True)
         position = torch.tensor([position for position, part in found for _ in range(len(part))])
         classes = torch.tensor(chosen["output"].to_numpy())
-        maps = output.maps[layer]
-        if maps.shape[1] != weights.shape[1]:
-            raise ValueError(f"layer {layer} has {maps.shape[1]} channels and the head {weights.shape[1]}: CAM reads the layer that the head pools")
-        raw = cam.pair_maps(maps, weights, position, classes, method)
+        raw = cam.pair_maps(_pooled_maps(output, layer, weights), weights, position, classes, method)
         overlap = soft_overlap(cam.normalise(raw).cpu(), list(chosen["boxes"]), image_size, rounding=rounding)
         logits = output.logits.cpu()[position, classes].numpy()
         parts.append(pd.concat([chosen[["image", "patient", "class", "n_boxes"]], overlap, pd.Series(logits, name="logit")], axis=1))
     columns = ["image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _pooled_maps(output, layer, weights):
+    if layer not in output.maps:
+        raise ValueError(f"the outputs hold no maps of {layer!r}; there are {', '.join(output.maps) or 'none'}: ask `stream` for this layer")
+    maps = output.maps[layer]
+    if maps.shape[1] != weights.shape[1]:
+        raise ValueError(f"layer {layer} has {maps.shape[1]} channels and the head {weights.shape[1]}: CAM reads the layer that the head pools")
+    return maps
 
 
 def pair_cams(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor, *, layer: str, size: int, method: str = "cam"):
@@ -108,7 +114,7 @@ def pair_cams(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Ten
         if here:
             position = torch.tensor([place[row] for row in pairs["row"].iloc[here]])
             classes = torch.tensor(pairs["output"].to_numpy()[here])
-            raw = cam.pair_maps(output.maps[layer], weights, position, classes, method)
+            raw = cam.pair_maps(_pooled_maps(output, layer, weights), weights, position, classes, method)
             maps[here] = cam.resize(cam.normalise(raw), size).clamp(0, 1).cpu().numpy()
             probabilities[here] = torch.sigmoid(output.logits.cpu().double()[position, classes]).numpy()
     return maps, probabilities

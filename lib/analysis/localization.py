@@ -1,8 +1,8 @@
 """How a map overlaps boxes: soft IoBB, IoR and IoU (Khakzar et al., section 4) without resampling the map.
 
 Bilinear resampling is linear and separable, ``resized = Wy L Wx^T``, so the sum of the resized map over a rectangle of pixels is
-``r^T L c`` with the sums ``r``, ``c`` of the interpolation weights over the rectangle's rows and columns. A union of boxes is first cut into
-disjoint rectangles.
+``r^T L c`` with the sums ``r``, ``c`` of the interpolation weights over the rectangle's rows and columns. A union of boxes is first cut
+into disjoint rectangles.
 """
 from collections.abc import Sequence
 
@@ -59,13 +59,12 @@ def soft_overlap(cams: Tensor | np.ndarray, boxes: Sequence, image_size: int, *,
     if not valid.all():
         raise ValueError(f"map {int(torch.nonzero(~valid)[0])} leaves [0, 1] or holds NaN; normalise it first")
 
-    pieces, owner = [], []
-    for pair, film_boxes in enumerate(boxes):
-        rectangles = disjoint_rectangles(pixel_boxes(film_boxes, image_size, rounding=rounding))
-        pieces.append(rectangles)
-        owner.append(np.full(len(rectangles), pair))
-    pieces = np.concatenate(pieces) if pieces else np.empty((0, 4), np.int64)
-    owner = np.concatenate(owner) if owner else np.empty(0, np.int64)
+    pieces, owner = grouped_pixel_boxes(boxes, image_size, rounding=rounding)
+    several = np.flatnonzero(np.bincount(owner, minlength=len(cams)) > 1)
+    unions = [disjoint_rectangles(pieces[owner == pair]) for pair in several]
+    single = ~np.isin(owner, several)
+    pieces = np.concatenate([pieces[single], *unions])
+    owner = np.concatenate([owner[single], np.repeat(several, [len(union) for union in unions])])
     area = _per_pair((pieces[:, 2] - pieces[:, 0]) * (pieces[:, 3] - pieces[:, 1]), owner, len(cams))
 
     if threshold is None:
@@ -102,30 +101,38 @@ def pixel_boxes(boxes, image_size: int, *, rounding: str = "outward") -> np.ndar
     image_size : int
         Side of the film.
     rounding : {'outward', 'trunc'}
-        'outward': floor of x1, y1 and ceil of x2, y2 (every touched pixel, never empty; a millionth of a pixel is taken for rounding error of
-        the scaling). 'trunc': all four cut to their integer part.
+        'outward': floor of x1, y1 and ceil of x2, y2 (every touched pixel, never empty; a millionth of a pixel is taken for rounding error
+        of the scaling). 'trunc': all four cut to their integer part.
 
     Returns
     -------
     int64 (K', 4), clipped to [0, image_size]; boxes without area (x2 <= x1, wholly outside the film) are left out.
     """
-    boxes = np.asarray(boxes, dtype=np.float64)
-    boxes = boxes.reshape(-1, 4) if boxes.size == 0 else boxes
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must be (K, 4): x1, y1, x2, y2; got shape {boxes.shape}")
+    return grouped_pixel_boxes([boxes], image_size, rounding=rounding)[0]
+
+
+def grouped_pixel_boxes(groups: Sequence, image_size: int, *, rounding: str = "outward") -> tuple[np.ndarray, np.ndarray]:
+    """As `pixel_boxes` for a sequence of (K, 4) arrays: all boxes (R, 4), and of each the index of its array, int64 (R,)."""
+    groups = [np.asarray(boxes, dtype=np.float64) for boxes in groups]
+    for index, boxes in enumerate(groups):
+        if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
+            raise ValueError(f"boxes must be (K, 4): x1, y1, x2, y2; got shape {boxes.shape} at {index}")
+    owner = np.repeat(np.arange(len(groups)), [len(boxes) if boxes.size else 0 for boxes in groups])
+    boxes = np.concatenate([boxes.reshape(-1, 4) for boxes in groups] + [np.empty((0, 4))])
     if np.isnan(boxes).any():
-        raise ValueError(f"box {int(np.nonzero(np.isnan(boxes).any(axis=1))[0][0])} holds NaN: {boxes.tolist()}")
-    boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+        raise ValueError(f"a box at {owner[np.isnan(boxes).any(axis=1)][0]} holds NaN: {boxes[np.isnan(boxes).any(axis=1)][0].tolist()}")
+    whole = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     boxes = np.clip(boxes, 0, image_size)
     if rounding == "outward":
-        low = np.floor(boxes[:, :2] + 1e-6)
-        high = np.maximum(np.ceil(boxes[:, 2:] - 1e-6), np.where(boxes[:, 2:] > boxes[:, :2], low + 1, low))
-        boxes = np.concatenate([low, np.minimum(high, image_size)], axis=1)
+        low, high = np.floor(boxes[:, :2] + 1e-6), np.ceil(boxes[:, 2:] - 1e-6)
+        high = np.where(boxes[:, 2:] > boxes[:, :2], np.minimum(np.maximum(high, low + 1), image_size), low)
+        boxes = np.concatenate([low, high], axis=1)
     elif rounding == "trunc":
         boxes = np.trunc(boxes)
     else:
         raise ValueError(f"rounding must be 'outward' or 'trunc', got {rounding!r}")
-    return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])].astype(np.int64)
+    whole &= (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    return boxes[whole].astype(np.int64), owner[whole]
 
 
 def box_mask(boxes, image_size: int, *, rounding: str = "outward") -> np.ndarray:

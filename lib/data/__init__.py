@@ -25,10 +25,13 @@ def open_data(study):
     from lib.data.nih import read_release
     from lib.data.phantom import write_phantom
     from lib.data.store import open_store
+    from lib.locks import exclusive
 
     choice = "skip" if study.skip_bad_films else "error"
     if study.release == "phantom":
-        write_phantom(study.release_folder, n_films=study.phantom_films, size=study.phantom_size, seed=0)
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(study.folder / ".phantom.lock", f"waiting for another process that writes {study.release_folder}"):
+            write_phantom(study.release_folder, n_films=study.phantom_films, size=study.phantom_size, seed=study.phantom_seed)
     release = read_release(study.release_folder, validation_fraction=study.validation_fraction, seed=0, on_missing=choice)
     store = open_store(release, study.store_folder, study.store_size, on_unreadable=choice)
     if store.unreadable:

@@ -1,11 +1,13 @@
 """A simulated release in the layout of NIH ChestX-ray14: small, offline, free of licences, and with the truth about every pixel.
 
-Labels follow NIH's own joint distribution (`label_sets`). Known exactly, and embedded: the counts of films without a finding, with each single finding, and with each of the four most frequent
-pairs; how many films carry 2, 3, 4 and more findings (5 and more are pooled as 5 here); and every finding's total. The other multi-finding films are not tabulated: their sets are those of the
-right size with probabilities proportional to a product of one weight per finding, the weights fitted so that every total comes out right.
+Labels follow NIH's own joint distribution (`label_sets`). Known exactly, and embedded: the counts of films without a finding, with each
+single finding, and with each of the four most frequent pairs; how many films carry 2, 3, 4 and more findings (5 and more are pooled as 5
+here); and every finding's total. The other multi-finding films are not tabulated: their sets are those of the right size with
+probabilities proportional to a product of one weight per finding, the weights fitted so that every total comes out right.
 
-A few thousand films would leave rare findings without test films. So `write_phantom` enriches, on purpose: in each split, films without a finding are given a set that holds the rare finding
-until that one reaches `FLOOR` of the films. The imbalance stays: No Finding is near half, the rarest findings are a few percent.
+A few thousand films would leave rare findings without test films. So `write_phantom` enriches, on purpose: in each split, films without
+a finding are given a set that holds the rare finding (drawn from the same distribution, given that finding) until it reaches `FLOOR` of
+the films. The imbalance stays: No Finding is near half, the rarest findings are a few percent.
 """
 
 import json
@@ -20,16 +22,47 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from lib.data.anatomy import SIGNS, draw_anatomy, render_film
+from lib.data.anatomy import draw_anatomy
+from lib.data.signs import SIGNS, render_film
 
 FINDINGS = tuple(SIGNS)
 NO_FINDING = "No Finding"
 # Films of the 112,120 that carry no finding, exactly this finding, exactly this pair, this finding at all, and this many findings.
 NORMAL = 60361
-SINGLE = {"Infiltration": 9547, "Atelectasis": 4215, "Effusion": 3955, "Nodule": 2705, "Pneumothorax": 2194, "Mass": 2139, "Consolidation": 1310}
-SINGLE |= {"Pleural_Thickening": 1126, "Cardiomegaly": 1093, "Emphysema": 892, "Fibrosis": 727, "Edema": 628, "Pneumonia": 322, "Hernia": 110}
-PAIRS = {("Effusion", "Infiltration"): 1603, ("Atelectasis", "Infiltration"): 1350, ("Atelectasis", "Effusion"): 1165, ("Infiltration", "Nodule"): 829}
-TOTAL = {"Atelectasis": 11559, "Cardiomegaly": 2776, "Consolidation": 4667, "Edema": 2303, "Effusion": 13317, "Emphysema": 2516, "Fibrosis": 1686, "Hernia": 227}
+SINGLE = {
+    "Infiltration": 9547,
+    "Atelectasis": 4215,
+    "Effusion": 3955,
+    "Nodule": 2705,
+    "Pneumothorax": 2194,
+    "Mass": 2139,
+    "Consolidation": 1310,
+}
+SINGLE |= {
+    "Pleural_Thickening": 1126,
+    "Cardiomegaly": 1093,
+    "Emphysema": 892,
+    "Fibrosis": 727,
+    "Edema": 628,
+    "Pneumonia": 322,
+    "Hernia": 110,
+}
+PAIRS = {
+    ("Effusion", "Infiltration"): 1603,
+    ("Atelectasis", "Infiltration"): 1350,
+    ("Atelectasis", "Effusion"): 1165,
+    ("Infiltration", "Nodule"): 829,
+}
+TOTAL = {
+    "Atelectasis": 11559,
+    "Cardiomegaly": 2776,
+    "Consolidation": 4667,
+    "Edema": 2303,
+    "Effusion": 13317,
+    "Emphysema": 2516,
+    "Fibrosis": 1686,
+    "Hernia": 227,
+}
 TOTAL |= {"Infiltration": 19894, "Mass": 5782, "Nodule": 6331, "Pleural_Thickening": 3385, "Pneumonia": 1431, "Pneumothorax": 5302}
 SIZES = {2: 14306, 3: 4856, 4: 1247, 5: 387}
 
@@ -58,7 +91,9 @@ def label_sets() -> tuple[list[tuple[str, ...]], np.ndarray]:
     member = np.array([[name in subset for name in FINDINGS] for subset in modelled])
     size = member.sum(axis=1)
     films = {k: count - (sum(PAIRS.values()) if k == 2 else 0) for k, count in SIZES.items()}
-    total = np.array([TOTAL[name] - SINGLE[name] - sum(count for pair, count in PAIRS.items() if name in pair) for name in FINDINGS], dtype=np.float64)
+    total = np.array(
+        [TOTAL[name] - SINGLE[name] - sum(count for pair, count in PAIRS.items() if name in pair) for name in FINDINGS], dtype=np.float64
+    )
     total *= sum(k * count for k, count in films.items()) / total.sum()  # pooling five and more loses 0.3 % of the labels
     weight = total / total.sum()
     for _ in range(200):
@@ -73,15 +108,27 @@ def label_sets() -> tuple[list[tuple[str, ...]], np.ndarray]:
 def _draw_films(n_films: int, rng: np.random.Generator) -> pd.DataFrame:
     """Patients, their films, splits and label sets: one row a film, in the order of the release."""
     sets, probability = label_sets()
+    cumulative = np.cumsum(probability)
     rows, patient = [], 0
     while len(rows) < n_films:
         patient += 1
         n = int(min(rng.geometric(1 / FILMS_PER_PATIENT), 20, n_films - len(rows)))
         age, sex, chosen = int(np.clip(rng.normal(47, 17), 5, 94)), "MF"[int(rng.random() < 0.435)], -1
         for follow_up in range(n):
-            chosen = chosen if follow_up and rng.random() < STAY else int(rng.choice(len(sets), p=probability))
+            chosen = chosen if follow_up and rng.random() < STAY else int(np.searchsorted(cumulative, rng.random() * cumulative[-1]))
             age = min(age + int(rng.random() < 0.25), 95)
-            rows.append((f"{patient:08d}_{follow_up:03d}.png", sets[chosen], follow_up, patient, age, sex, "PA" if rng.random() < 0.6 else "AP", int(rng.integers(len(DETECTORS)))))
+            rows.append(
+                (
+                    f"{patient:08d}_{follow_up:03d}.png",
+                    sets[chosen],
+                    follow_up,
+                    patient,
+                    age,
+                    sex,
+                    "PA" if rng.random() < 0.6 else "AP",
+                    int(rng.integers(len(DETECTORS))),
+                )
+            )
     films = pd.DataFrame(rows, columns=["image", "findings", "follow_up", "patient", "age", "sex", "view", "detector"])
     order = rng.permutation(patient) + 1
     held = films["patient"].value_counts().reindex(order).cumsum()
@@ -91,7 +138,7 @@ def _draw_films(n_films: int, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def _enrich(films: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    """Give films without a finding a set with a rare finding, in each split, until it reaches `FLOOR`; at least a third of the films stay normal."""
+    """Lift every finding to `FLOOR` of each split, at the cost of films without a finding; at least a third of the films stay normal."""
     sets, probability = label_sets()
     findings = list(films["findings"])
     for test in (False, True):
@@ -107,7 +154,7 @@ def _enrich(films: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def _box(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """(x, y, w, h) in `BOX_PIXELS` around the largest part of a mask, with the looseness of a hand; parts within 3 % of the film count as one."""
+    """(x, y, w, h) in `BOX_PIXELS` around the largest part of a mask, loose as a hand draws; parts within 3 % of the film count as one."""
     size = len(mask)
     reach = 2 * max(1, round(0.015 * size)) + 1
     near = cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach)))
@@ -143,7 +190,9 @@ def _write_patient(films: pd.DataFrame, root: Path, size: int, seed: int) -> lis
         if not path.exists():
             image, masks = render_film(anatomy, view=film.view, findings=frozenset(film.findings), size=size, key=key)
             if masks:
-                bits = sum((mask.astype(np.uint16) << FINDINGS.index(name) for name, mask in masks.items()), np.zeros((size, size), np.uint16))
+                bits = sum(
+                    (mask.astype(np.uint16) << FINDINGS.index(name) for name, mask in masks.items()), np.zeros((size, size), np.uint16)
+                )
                 _write_png(root / "masks" / film.image, bits)
             _write_png(path, image)
         if film.test:
@@ -160,7 +209,9 @@ def _prepare(root: Path, parameters: dict) -> bool:
     if finished.exists():
         found = json.loads(finished.read_text())
         if found != parameters:
-            raise ValueError(f"{root} already holds a phantom with {found}, not the {parameters} asked for: choose another folder, or delete this one")
+            raise ValueError(
+                f"{root} already holds a phantom with {found}, not the {parameters} asked for: choose another folder, or delete it"
+            )
         return True
     if unfinished.exists():
         if json.loads(unfinished.read_text()) != parameters:
@@ -177,9 +228,10 @@ def _prepare(root: Path, parameters: dict) -> bool:
 def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, workers: int | None = None) -> None:
     """Write a simulated release in NIH layout, with exact lesion masks.
 
-    The files are Data_Entry_2017.csv, BBox_List_2017.csv (test films only, as in NIH), train_val_list.txt, test_list.txt, images/*.png (8-bit), masks/*.png (16-bit, one bit a finding) and,
-    last, phantom.json with the parameters. The content depends on the parameters only, not on the number of workers. An interrupted call is continued by the next; a call for what is already
-    there returns at once.
+    The files are Data_Entry_2017.csv, BBox_List_2017.csv (test films only, as in NIH), train_val_list.txt, test_list.txt,
+    images/*.png (8-bit), masks/*.png (16-bit, one bit a finding) and, last, phantom.json with the parameters. The content depends on the
+    parameters only, not on the number of workers. An interrupted call is continued by the next; a call for what is already there returns
+    at once.
 
     Parameters
     ----------
@@ -216,14 +268,28 @@ def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, worke
 
 
 def _write_tables(root: Path, films: pd.DataFrame, boxes: list[tuple]) -> None:
-    width, height, spacing = zip(*(DETECTORS[d] for d in films["detector"]))
+    width, height, spacing = zip(*(DETECTORS[d] for d in films["detector"]), strict=True)
     labels = ["|".join(findings) or NO_FINDING for findings in films["findings"]]
-    values = [films["image"], labels, films["follow_up"], films["patient"], films["age"], films["sex"], films["view"], width, height, spacing, spacing]
-    table = pd.DataFrame(dict(zip(COLUMNS, values)))
+    values = [
+        films["image"],
+        labels,
+        films["follow_up"],
+        films["patient"],
+        films["age"],
+        films["sex"],
+        films["view"],
+        width,
+        height,
+        spacing,
+        spacing,
+    ]
+    table = pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
     # NIH's header splits two names at a comma, so joined by commas it reads as released.
     rows = "\n".join([",".join(COLUMNS)] + table.to_csv(index=False, header=False, lineterminator="\n").splitlines()) + "\n"
     _write(root / "Data_Entry_2017.csv", rows.encode())
-    lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"] + [",".join([image, name, *(f"{v:.6f}" for v in box)]) for image, name, *box in boxes]
+    lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"] + [
+        ",".join([image, name, *(f"{v:.6f}" for v in box)]) for image, name, *box in boxes
+    ]
     _write(root / "BBox_List_2017.csv", ("\n".join(lines) + "\n").encode())
     for name, rows in (("train_val_list.txt", ~films["test"]), ("test_list.txt", films["test"])):
         _write(root / name, ("\n".join(films.loc[rows, "image"]) + "\n").encode())

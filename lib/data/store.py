@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.data.decoding import decode_film
+from lib.locks import exclusive
 
 if TYPE_CHECKING:  # worker processes import this module: pandas would double their start-up
     import pandas as pd
@@ -31,7 +31,6 @@ VERSION = 1  # of the pixels: raise it whenever the same film would be stored di
 _CHUNK = 32  # films a worker decodes per task
 _CHECKPOINT_SECONDS = 15.0
 _SPARE_BYTES = 64 * 2**20
-_TODO, _DONE, _UNREADABLE = 0, 1, 2
 
 
 class StoreError(RuntimeError):
@@ -64,9 +63,10 @@ class Store:
     unreadable: list[str]
 
     def rows(self, split: str) -> np.ndarray:
-        """Rows of the readable films of a split, or of 'all' of them, int64, ascending."""
-        kept = ((self.films["split"] == split) | (split == "all")) & ~self.films["image"].isin(self.unreadable)
-        return np.flatnonzero(kept.to_numpy())
+        """Rows of the films of a split ('train', 'val', 'test'), or of 'all', int64, ascending."""
+        if split not in ("train", "val", "test", "all"):
+            raise ValueError(f"split is {split!r}; it must be 'train', 'val', 'test' or 'all'")
+        return np.flatnonzero((self.films["split"] == split).to_numpy() | (split == "all"))
 
 
 def open_store(
@@ -192,21 +192,14 @@ def _unreadable_message(unreadable: list[dict], n_films: int) -> str:
 
 @contextlib.contextmanager
 def _lock(folder: Path):
-    """Exclusive among processes. The kernel releases it when its holder dies, so there are no stale locks."""
-    try:
-        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        message = f"{folder} holds no store of this release and cannot be written ({error.strerror}); choose another folder"
-        raise StoreError(message) from error
-    try:
+    """Exclusive among processes that would build the store in `folder`."""
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"waiting for another process that is building {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            held.enter_context(exclusive(folder / "lock", f"waiting for another process that is building {folder}"))
+        except OSError as error:
+            message = f"{folder} holds no store of this release and cannot be written ({error.strerror}); choose another folder"
+            raise StoreError(message) from error
         yield
-    finally:
-        os.close(file)
 
 
 # ---- building
@@ -216,8 +209,8 @@ def _build(folder: Path, paths: list[str], size: int, signatures: np.ndarray, fi
     """Decode into folder/building, then publish: remove store.json, move images.npy, write store.json."""
     building = folder / "building"
     building.mkdir(exist_ok=True)
-    offset, state = _prepare(building, size, signatures)
-    reasons = _decode_all(building, paths, size, signatures, offset, state, workers)
+    offset, done = _prepare(building, size, signatures)
+    reasons = _decode_all(building, paths, size, signatures, offset, done, workers)
     unreadable = [{"image": os.path.basename(paths[row]), "path": paths[row], "reason": reason} for row, reason in sorted(reasons.items())]
     if unreadable and on_unreadable == "error":
         raise StoreError(_unreadable_message(unreadable, len(paths)))
@@ -234,20 +227,21 @@ def _build(folder: Path, paths: list[str], size: int, signatures: np.ndarray, fi
 
 
 def _prepare(building: Path, size: int, signatures: np.ndarray) -> tuple[int, np.ndarray]:
-    """Make room for the images, or find those of an earlier build -> (offset of the first pixel in images.npy, state of every film)."""
+    """Make room for the images, or find those of an earlier build -> (offset of the first pixel in images.npy, which films are done)."""
     images = building / "images.npy"
     shape = (len(signatures), size, size)
     try:
         earlier, progress = np.load(images, mmap_mode="r"), np.load(building / "progress.npy")
         if earlier.shape == shape and earlier.dtype == np.uint8 and progress["signature"].shape == signatures.shape:
-            return earlier.offset, np.where(progress["signature"] == signatures, progress["state"], _TODO).astype(np.uint8)
+            return earlier.offset, (progress["signature"] == signatures) & progress["done"]
     except (OSError, ValueError, IndexError, EOFError):
         pass  # nothing usable: start from the beginning
     for name in ("images.npy", "progress.npy"):
         (building / name).unlink(missing_ok=True)
     needed, free = int(np.prod(shape)), shutil.disk_usage(building).free
     message = (
-        f"the store needs {needed / 2**30:.2f} GiB in {building}, where {free / 2**30:.2f} GiB are free; make room or choose another folder"
+        f"the store needs {needed / 2**30:.2f} GiB in {building}, where {free / 2**30:.2f} GiB are free; make room "
+        f"(an older images.npy in {building.parent} may be deleted) or choose another folder"
     )
     if free < needed + _SPARE_BYTES:
         raise StoreError(message)
@@ -261,15 +255,15 @@ def _prepare(building: Path, size: int, signatures: np.ndarray) -> tuple[int, np
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             images.unlink()
             raise StoreError(message) from error
-    return offset, np.full(len(signatures), _TODO, np.uint8)
+    return offset, np.zeros(len(signatures), bool)
 
 
 def _decode_all(
-    building: Path, paths: list[str], size: int, signatures: np.ndarray, offset: int, state: np.ndarray, workers: int
+    building: Path, paths: list[str], size: int, signatures: np.ndarray, offset: int, done: np.ndarray, workers: int
 ) -> dict[int, str]:
     """Decode what is not done, keeping the progress file up to date -> {row: reason} of the unreadable films."""
     images, reasons = str(building / "images.npy"), {}
-    todo = np.flatnonzero(state != _DONE)
+    todo = np.flatnonzero(~done)
     tasks = [(images, offset, size, [(int(row), paths[row]) for row in todo[i : i + _CHUNK]]) for i in range(0, len(todo), _CHUNK)]
     saved = time.monotonic()
 
@@ -277,7 +271,7 @@ def _decode_all(
         # Pixels reach the disk before the record that calls them done.
         with open(images, "rb") as file:
             os.fsync(file.fileno())
-        _write_progress(building / "progress.npy", signatures, state)
+        _write_progress(building / "progress.npy", signatures, done)
 
     save()
     try:
@@ -286,8 +280,8 @@ def _decode_all(
             tqdm(total=len(paths), initial=len(paths) - len(todo), unit="film", desc="decoding") as bar,
         ):
             for rows, failed in results:
-                state[rows] = _DONE
-                state[list(failed)] = _UNREADABLE
+                done[rows] = True
+                done[list(failed)] = False
                 reasons |= failed
                 bar.update(len(rows))
                 if time.monotonic() - saved > _CHECKPOINT_SECONDS:
@@ -362,9 +356,9 @@ def _write_at(file: int, data: memoryview, at: int) -> None:
         data, at = data[written:], at + written
 
 
-def _write_progress(path: Path, signatures: np.ndarray, state: np.ndarray) -> None:
-    progress = np.empty(len(state), [("signature", np.uint64), ("state", np.uint8)])
-    progress["signature"], progress["state"] = signatures, state
+def _write_progress(path: Path, signatures: np.ndarray, done: np.ndarray) -> None:
+    progress = np.empty(len(done), [("signature", np.uint64), ("done", bool)])
+    progress["signature"], progress["done"] = signatures, done
     buffer = io.BytesIO()
     np.save(buffer, progress)
     _write_atomically(path, buffer.getvalue())

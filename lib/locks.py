@@ -1,0 +1,49 @@
+"""Locks among processes. The kernel keeps them, so a lock goes with its holder however that ends, and none is ever stale."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def try_lock(path: str | Path) -> int | None:
+    """Take the lock of the file `path`, which is made if it is missing.
+
+    Returns
+    -------
+    int or None
+        A file descriptor that holds the lock until it is closed or this process ends; None where another holder has it.
+
+    Raises
+    ------
+    OSError
+        `path` cannot be opened for writing.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file
+
+
+@contextmanager
+def exclusive(path: str | Path, waiting: str) -> Iterator[None]:
+    """Hold the lock of the file `path` within the context; where another process has it, say `waiting` and wait.
+
+    Raises
+    ------
+    OSError
+        `path` cannot be opened for writing.
+    """
+    file = try_lock(path)
+    if file is None:
+        print(waiting, flush=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(file)

@@ -1,0 +1,24 @@
+"""What several test files share: a small simulated release, and a folder for results outside the repository."""
+
+import pytest
+
+from lib.data.phantom import write_phantom
+
+PHANTOM = {"n_films": 100, "size": 64, "seed": 0}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outputs(tmp_path_factory):
+    """Results of tests go here, also from processes that they start; never to the repository's own folder."""
+    folder = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OUTPUTS", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def small_phantom(tmp_path_factory):
+    """Folder of a simulated release of 100 films at 64 px."""
+    root = tmp_path_factory.mktemp("phantom") / "release"
+    write_phantom(root, **PHANTOM)
+    return root

@@ -1,0 +1,256 @@
+import pickle
+import urllib.error
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models import densenet121, resnet50
+
+from lib.analysis.inference import stream
+from lib.data.batches import Batch
+from lib.models import build_model, layers, load_model, read_weights
+
+
+@pytest.fixture(scope="module")
+def tdensenet():
+    return build_model("tdensenet", 15)
+
+
+@pytest.fixture(scope="module")
+def released():
+    """A state dict with torchvision's DenseNet121 names and random values."""
+    generator = torch.Generator().manual_seed(0)
+    state = densenet121(weights=None).state_dict()
+    return {name: torch.rand(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def films(side=64, n=2, seed=0):
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def first_output(model, images, names=()):
+    return next(stream(model, [Batch(range(len(images)), images, None)], names))
+
+
+def same_trunk(model, state, prefix="features."):
+    ours = {name: tensor for name, tensor in model.trunk.state_dict().items() if not name.startswith("norm5.")}
+    return len(ours) > 100 and all(torch.equal(tensor, state[prefix + name]) for name, tensor in ours.items())
+
+
+# --- shapes and layers ------------------------------------------------------------------------------------------------------------------
+
+
+def test_tdensenet_maps(tdensenet):
+    cam, dissection, q = layers("tdensenet")
+    assert cam == dissection and q == 0.01
+    output = first_output(tdensenet, films(), [cam])
+    maps = output.maps[cam]
+    assert output.logits.shape == (2, 15) and maps.shape == (2, 512, 8, 8)
+    assert (maps >= 0).all() and (maps == 0).float().mean() > 0.1  # after the ReLU
+    torch.testing.assert_close(output.logits, tdensenet.head(maps.mean((2, 3))), rtol=1e-4, atol=1e-5)
+
+
+def test_tdensenet_trunk_has_the_papers_size(tdensenet):
+    counts = {name: parameter.numel() for name, parameter in tdensenet.named_parameters()}
+    assert sum(n for name, n in counts.items() if name.startswith("trunk.") and ".norm5." not in name) == 1_297_536
+    assert counts["trunk.norm5.weight"] == 512 and counts["head.weight"] == 15 * 512
+
+
+def test_resnet50_maps():
+    model = build_model("resnet50", 1)
+    cam, dissection, q = layers("resnet50")
+    assert (cam, dissection, q) == ("trunk.layer4.2", "trunk.layer3.5", 0.04)
+    output = first_output(model, films(), [cam, dissection])
+    assert output.logits.shape == (2, 1)
+    assert output.maps[cam].shape == (2, 2048, 2, 2) and output.maps[dissection].shape == (2, 1024, 4, 4)
+    assert all((maps >= 0).all() for maps in output.maps.values())
+    torch.testing.assert_close(output.logits, model.head(output.maps[cam].mean((2, 3))), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in model.trunk.parameters()) == sum(p.numel() for p in resnet50(weights=None).parameters()) - 2048 * 1000 - 1000
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050", "convnext_atto"])
+def test_a_convolutional_timm_model_works_by_its_name(backbone):
+    model = build_model(backbone, 3)
+    cam, dissection, q = layers(backbone)
+    output = first_output(model, films(), [cam])
+    assert output.logits.shape == (2, 3) and output.maps[cam].ndim == 4 and cam == dissection and 0 < q < 1
+    torch.testing.assert_close(output.logits, model.head(output.maps[cam].mean((2, 3))), rtol=1e-4, atol=1e-5)
+    assert build_model(backbone, 3).training  # the probe for the number of channels leaves no trace
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_transformer_is_refused(backbone):
+    with pytest.raises(ValueError, match=rf"'{backbone}' gives features of shape .* not maps .*convolutional"):
+        build_model(backbone, 3)
+
+
+@pytest.mark.parametrize(("name", "near"), [("densnet121", "densenet121"), ("resnet51", "resnet50"), ("tdensnet", "tdensenet"), ("resnet", "resnet")])
+def test_an_unknown_backbone_names_near_ones(name, near):
+    with pytest.raises(ValueError, match=rf"'{name}' is neither .*tdensenet.* nor a timm model; near it: .*{near}"):
+        build_model(name, 3)
+
+
+# --- random weights ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["tdensenet", "mobilenetv3_small_050"])
+def test_weights_follow_from_the_seed_alone(backbone):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    one = build_model(backbone, 2, seed=7).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    two, other = build_model(backbone, 2, seed=7).state_dict(), build_model(backbone, 2, seed=8).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+    assert sum(not torch.equal(one[name], other[name]) for name in one) > 20
+
+
+# --- weights files ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_torchvision_file(tdensenet, released, tmp_path):
+    torch.save(released, tmp_path / "densenet121.pth")
+    model = build_model("tdensenet", 15, str(tmp_path / "densenet121.pth"))
+    assert same_trunk(model, released)
+    for name in ("trunk.norm5.weight", "head.weight", "head.bias"):  # new, from the seed
+        assert torch.equal(model.state_dict()[name], tdensenet.state_dict()[name])
+
+
+def test_safetensors_file(released, tmp_path):
+    save_file(released, tmp_path / "densenet121.safetensors")
+    assert same_trunk(build_model("tdensenet", 1, str(tmp_path / "densenet121.safetensors")), released)
+
+
+def test_wrapped_file_with_the_names_of_2017(released, tmp_path):
+    def old(name):
+        for part in ("norm", "conv"):
+            for k in "12":
+                name = name.replace(f"denselayer{name.split('denselayer')[-1].split('.')[0]}.{part}{k}.",
+                                    f"denselayer{name.split('denselayer')[-1].split('.')[0]}.{part}.{k}.")
+        return name
+
+    # Files of 2017 also lack num_batches_tracked.
+    state = {old(name): tensor for name, tensor in released.items() if not name.endswith("num_batches_tracked")}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in state and "features.transition1.norm.weight" in state
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "old.pth.tar")
+    model = build_model("tdensenet", 1, str(tmp_path / "old.pth.tar"))
+    parameters = {name: parameter for name, parameter in model.trunk.named_parameters() if not name.startswith("norm5.")}
+    assert all(torch.equal(parameter, released["features." + name]) for name, parameter in parameters.items())
+
+
+def test_timm_file_whose_names_begin_like_torchvisions(tmp_path):
+    source = build_model("densenet121", 2, seed=1)  # timm's, with a level `features`
+    torch.save(source.trunk.state_dict(), tmp_path / "timm.pth")
+    model = build_model("densenet121", 3, str(tmp_path / "timm.pth"), seed=2)
+    assert all(torch.equal(tensor, source.trunk.state_dict()[name]) for name, tensor in model.trunk.state_dict().items())
+
+
+def test_file_of_a_run(tmp_path):
+    source = build_model("tdensenet", 15, seed=1)
+    with torch.no_grad():
+        source.trunk.norm5.weight.fill_(0.5)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    model = build_model("tdensenet", 1, str(tmp_path / "model.safetensors"), seed=2)
+    assert same_trunk(model, source.trunk.state_dict(), prefix="")
+    assert (model.trunk.norm5.weight == 0.5).all() and model.head.weight.shape == (1, 512)
+
+
+def test_half_precision_file_is_read_as_float32(tmp_path):
+    source = build_model("resnet18", 2, seed=1)
+    save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in source.trunk.state_dict().items()}, tmp_path / "half.safetensors")
+    model = build_model("resnet18", 2, str(tmp_path / "half.safetensors"))
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_another_architecture_is_refused_by_the_tensors_name(released, tmp_path):
+    torch.save(released, tmp_path / "densenet121.pth")
+    with pytest.raises(RuntimeError, match=r"densenet121.pth does not hold weights of resnet18: .* tensors are missing, the first is conv1.weight"):
+        build_model("resnet18", 1, str(tmp_path / "densenet121.pth"))
+    wide = dict(released) | {"features.conv0.weight": torch.zeros(64, 1, 7, 7)}
+    torch.save(wide, tmp_path / "grey.pth")
+    with pytest.raises(RuntimeError, match=r"1 have another shape, the first is conv0.weight \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)"):
+        build_model("tdensenet", 1, str(tmp_path / "grey.pth"))
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda item, path: path.write_bytes(pickle.dumps(item, protocol=2))], ids=["torch", "pickle"])
+def test_a_hostile_file_is_refused_and_does_not_run(write, tmp_path):
+    ran, path = tmp_path / "ran", tmp_path / "weights.pth"
+    write({"state_dict": Hostile(ran)}, path)
+    with pytest.raises(RuntimeError, match="weights.pth is not a readable weights file"):
+        build_model("tdensenet", 1, str(path))
+    assert not ran.exists()
+    torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
+    assert ran.exists()  # so the file was armed
+
+
+@pytest.mark.parametrize("name", ["cut.safetensors", "cut.pth"])
+def test_a_damaged_file_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x10\x00\x00")
+    with pytest.raises(RuntimeError, match=f"{name} is not a readable weights file"):
+        read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {"state_dict": torch.zeros(3)}])
+def test_a_file_without_named_tensors(content, tmp_path):
+    torch.save(content, tmp_path / "list.pth")
+    with pytest.raises(RuntimeError, match="list.pth holds no dictionary of tensors"):
+        read_weights(tmp_path / "list.pth")
+
+
+def test_no_such_file_or_a_misspelt_init():
+    with pytest.raises(RuntimeError, match="no weights file at imagnet .*imagenet, scratch"):
+        build_model("resnet18", 1, "imagnet")
+
+
+@pytest.mark.parametrize("backbone", ["tdensenet", "resnet50"])
+def test_imagenet_weights_that_cannot_be_downloaded(backbone, tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(RuntimeError, match=rf"ImageNet weights of {backbone} could not be downloaded .*not known.*set init to that local file.*init: scratch"):
+        build_model(backbone, 15, "imagenet")
+
+
+def test_timm_weights_that_cannot_be_downloaded(monkeypatch):
+    import timm.models._builder as builder
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("check your connection")
+
+    monkeypatch.setattr(builder, "load_state_dict_from_hf", unreachable)
+    with pytest.raises(RuntimeError, match="ImageNet weights of resnet18 could not be downloaded .*connection.*local file.*init: scratch"):
+        build_model("resnet18", 15, "imagenet")
+
+
+# --- finished runs ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_comes_back_as_it_was(tdensenet, tmp_path):
+    save_file(tdensenet.state_dict(), tmp_path / "model.safetensors", metadata={"run": "x"})
+    model = load_model(tmp_path / "model.safetensors", "tdensenet", 15)
+    assert not model.training
+    assert all(torch.equal(tensor, tdensenet.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(first_output(model, films()).logits, first_output(tdensenet, films()).logits)
+
+
+def test_a_run_of_another_kind_is_refused(tdensenet, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(tdensenet.state_dict(), path)
+    with pytest.raises(RuntimeError, match=r"not a tdensenet with 1 outputs: 2 tensors differ, the first is head.bias \(file: \(15,\), model: \(1,\)\)"):
+        load_model(path, "tdensenet", 1)
+    with pytest.raises(RuntimeError, match=r"not a resnet18 with 15 outputs: .* \(file: .*, model: .*\)"):
+        load_model(path, "resnet18", 15)
+    with pytest.raises(RuntimeError, match="no weights file at .*other.safetensors"):
+        load_model(tmp_path / "other.safetensors", "tdensenet", 15)
