@@ -359,9 +359,6 @@ def class_curves(predictions: pd.DataFrame, kind: str, *, data_label: str) -> Fi
 
     `predictions` : class, target (0/1), logit, optionally loss (a curve each). A class with one label only has no curve and says so.
     """
-    # Imported here: scikit-learn and SciPy's statistics cost a second, and most notebooks draw neither of these figures.
-    from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
-
     if kind not in ("roc", "pr"):
         raise ValueError(f"kind = {kind!r}: 'roc' or 'pr'")
     x, y = ("False positive rate", "True positive rate") if kind == "roc" else ("Recall", "Precision")
@@ -385,6 +382,9 @@ def class_curves(predictions: pd.DataFrame, kind: str, *, data_label: str) -> Fi
 
 
 def _curve(target: np.ndarray, logit: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, float]:
+    # Imported here: scikit-learn costs half a second, and most notebooks draw no such curve.
+    from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
     if kind == "roc":
         x, y = roc_curve(target, logit)[:2]
         value = roc_auc_score(target, logit)

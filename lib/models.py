@@ -4,6 +4,7 @@ To add a backbone of its own kind, add one branch to `_trunk`; any convolutional
 """
 
 import difflib
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 
@@ -108,6 +109,8 @@ def _trunk(backbone, pretrained):
 
 
 def _load_trunk(trunk, path, backbone):
+    if not Path(path).is_file():
+        raise RuntimeError(f"no weights file at {path}: init takes imagenet, scratch, or the path of a file")
     state = read_weights(path)
     if any(name.startswith("trunk.") for name in state):
         state = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
@@ -145,12 +148,15 @@ def read_weights(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise RuntimeError(f"no weights file at {path} (init takes imagenet, scratch, or the path of such a file)")
+        raise RuntimeError(f"no weights file at {path}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own text advises to trust the file
+        raise RuntimeError(f"{path} is not a readable weights file: it is damaged, or holds more than tensors, which could run code. "
+                           "Save model.state_dict() and nothing else") from None
     except Exception as error:  # safetensors and pickle raise types of their own
         raise RuntimeError(f"{path} is not a readable weights file ({type(error).__name__}: {error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
