@@ -108,7 +108,7 @@ def normalise(raw: Tensor, rectify: bool = True) -> Tensor:
 
 
 def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Bilinear resampling of (..., h, w) to (..., H, W), pixel centres at halves (``align_corners=False``), as cv2.INTER_LINEAR enlarges."""
+    """Bilinear resampling of (..., h, w) to (..., H, W), pixel centres at halves (``align_corners=False``), like cv2's INTER_LINEAR."""
     size = (size, size) if isinstance(size, int) else tuple(size)
     lead = maps.shape[:-2]
     out = F.interpolate(maps.reshape(1, -1, *maps.shape[-2:]), size=size, mode="bilinear", align_corners=False)

@@ -29,7 +29,7 @@ def _compiled(function):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Of each channel, float32 (F,): ``tau`` (the quantile), ``low``, ``high`` (extremes); bool (F,) ``usable``, see `StreamingQuantile`."""
+    """Per channel, float32 (F,): ``tau`` (the quantile), ``low``, ``high`` (extremes); bool (F,) ``usable``, see `StreamingQuantile`."""
 
     tau: np.ndarray
     low: np.ndarray
@@ -299,7 +299,7 @@ def _components(n_runs, row, start, end, touches, parent, reach):
 
 @_compiled
 def _add_run(n_runs, row, start, end, touches, y, begin, stop, inside, clip):
-    """Append pixels [begin, stop) of row ``y`` to the runs, cut to the boxes with ``clip``; ``inside`` counts box pixels left of each column."""
+    """Append pixels [begin, stop) of row ``y`` to the runs, cut to the boxes with ``clip``; ``inside`` as from `_running`."""
     if not clip:
         row[n_runs] = y
         start[n_runs] = begin

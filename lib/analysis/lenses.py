@@ -81,10 +81,14 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def _pooled_maps(output, layer, weights):
+def _maps(output, layer):
     if layer not in output.maps:
         raise ValueError(f"the outputs hold no maps of {layer!r}; there are {', '.join(output.maps) or 'none'}: ask `stream` for this layer")
-    maps = output.maps[layer]
+    return output.maps[layer]
+
+
+def _pooled_maps(output, layer, weights):
+    maps = _maps(output, layer)
     if maps.shape[1] != weights.shape[1]:
         raise ValueError(f"layer {layer} has {maps.shape[1]} channels and the head {weights.shape[1]}: CAM reads the layer that the head pools")
     return maps
@@ -162,7 +166,7 @@ def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer
             kept = [position for position, row in enumerate(np.asarray(output.rows).tolist()) if row in boxes]
             if not kept:
                 continue
-            maps = output.maps[layer][kept].float().cpu().contiguous()
+            maps = _maps(output, layer)[kept].float().cpu().contiguous()
             shape = maps.shape[1:]
             quantile.update(maps)
             maps.numpy().tofile(scratch)

@@ -2,6 +2,8 @@
 
 import struct
 import zlib
+from collections.abc import Iterable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -47,3 +49,14 @@ def _check_png(data: bytes) -> None:
             return
         at = end
     raise ValueError("it is truncated")
+
+
+def read_films(paths: Iterable[str], size: int) -> np.ndarray:
+    """A few films straight from their files, to look at: uint8 (N, size, size). A film that cannot be read raises ValueError with its path."""
+    films = []
+    for path in paths:
+        try:
+            films.append(decode_film(Path(path).read_bytes(), size))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return np.stack(films)

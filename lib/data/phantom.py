@@ -264,7 +264,8 @@ def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, worke
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             boxes = [box for found in pool.imap(task, patients, chunksize=8) for box in found]
     _write_tables(root, films, boxes)
-    os.replace(root / "phantom.unfinished.json", root / "phantom.json")
+    _write(root / "phantom.json", json.dumps(parameters).encode())
+    (root / "phantom.unfinished.json").unlink(missing_ok=True)  # another process may have written the same phantom
 
 
 def _write_tables(root: Path, films: pd.DataFrame, boxes: list[tuple]) -> None:

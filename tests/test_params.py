@@ -1,0 +1,208 @@
+import math
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from lib import params
+from lib.params import GRID, ROOT, ParameterError, Run, Study, cell_values, load, load_study, parameters_cell
+
+STUDIES = sorted(path.stem for path in (ROOT / "params" / "studies").glob("*.yaml"))
+RUNS = sorted(path.stem for path in (ROOT / "params" / "runs").glob("*.yaml"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A root of our own with one study and one run; returns a function that writes more."""
+    monkeypatch.setattr(params, "ROOT", tmp_path)
+
+    def write(kind, name, text):
+        path = tmp_path / "params" / kind / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    write("runs", "binary-resnet50-bce", "task: binary\nbackbone: resnet50\nloss: bce\n")
+    write("studies", "small", "study: small\nruns: [binary-resnet50-bce]\nseeds: [3, 4]\nepochs: 7\n")
+    return write
+
+
+# --- the files of the repository --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_valid(name):
+    needs_root = load(ROOT / "params" / "studies" / f"{name}.yaml").get("release") == "nih"
+    study = load_study(name, **({"data_root": "somewhere"} if needs_root else {}))
+    assert study.study == name and len(study.runs) >= 1
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_is_named_by_what_it_holds(name):
+    run = load_study("demo").run(name, seed=2)
+    assert (run.name, run.seed, run.study) == (name, 2, "demo")
+
+
+def test_the_grid_has_a_file_each():
+    assert len(GRID) == 16 and set(GRID) <= set(RUNS)
+    assert set(load_study("demo").runs) == set(GRID)
+
+
+def test_nih_is_the_papers_recipe():
+    study = load_study("nih", data_root="somewhere")
+    recipe = {"release": "nih", "init": "imagenet", "learning_rate": 4e-4, "weight_decay": 1e-6, "epochs": 50, "batch_size": 512, "image_size": 224}
+    assert {key: getattr(study, key) for key in recipe} == recipe
+    assert study.no_finding_output and set(study.runs) == set(GRID) and study.store_size == 256
+    with pytest.raises(ParameterError, match="data_root is empty.*DATA_ROOT="):
+        load_study("nih")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "near"), [("learning_rat", "learning_rate"), ("epoch", "epochs"), ("Loss", "loss"), ("dataroot", "data_root"), ("weightdecay", "weight_decay")])
+def test_a_misspelt_key_names_the_nearest(key, near):
+    with pytest.raises(ParameterError, match=f"my file: {key}: no such parameter; did you mean {near}\\?"):
+        Run.build({key: 1}, "my file")
+
+
+def test_a_key_near_nothing_is_still_refused():
+    with pytest.raises(ParameterError, match="zzzzzz: no such parameter$"):
+        Run.build({"zzzzzz": 1})
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("epochs", 0), ("epochs", 2.5), ("epochs", "many"), ("batch_size", 1), ("learning_rate", 0), ("learning_rate", -1e-3), ("learning_rate", math.nan),
+    ("learning_rate", math.inf), ("weight_decay", -1), ("validation_fraction", 0), ("validation_fraction", 1), ("image_size", 16), ("image_size", 4096),
+    ("phantom_films", 1), ("alpha", 1.5), ("gamma", -1), ("beta", 1.0), ("jitter", 1.0), ("loss", "hinge"), ("task", "ternary"), ("device", "gpu"), ("gpus", 0),
+    ("checkpoint", "first"), ("cam_method", "score"), ("connectivity", 6), ("dissection_quantile", 1), ("concept_resolution", "film"), ("precision", "fp8"),
+    ("wbce_scheme", "batch"), ("cb_scale", "max"), ("seed", -1), ("seed", 2**31), ("seeds", []), ("runs", []), ("study", "a/b"), ("study", ""), ("study", "a\n"),
+    ("init", ""), ("n_replicates", -1), ("final_learning_rate", 2), ("skip_bad_films", "perhaps"), ("epochs", None),
+])
+def test_out_of_range(key, value):
+    with pytest.raises(ParameterError, match=f"^here: {key}: .*got "):
+        Run.build({key: value}, "here")
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"seeds": [0, -1]}, r"seeds.1: .*got -1"),
+    ({"seeds": [0, 1, 0]}, "seeds: names an entry twice"),
+    ({"runs": ["binary-resnet50-bce", "binary-resnet50-bce"]}, "runs: names an entry twice"),
+    ({"runs": ["binary-resnet50-bec"]}, r"runs: no file params/runs/binary-resnet50-bec.yaml; did you mean binary-resnet50-bce\?"),
+    ({"release": "nih"}, "data_root is empty"),
+    ({"epochs": 0, "loss": "hinge", "sed": 1}, "epochs: .*loss: .*sed: no such parameter; did you mean seed"),
+])
+def test_what_a_list_or_several_keys_get_wrong(values, message):
+    with pytest.raises(ParameterError, match=message):
+        Run.build(values)
+
+
+def test_parameters_cannot_change_afterwards():
+    with pytest.raises(ValidationError, match="frozen"):
+        Study().epochs = 3
+
+
+def test_numbers_that_yaml_reads_as_text():
+    assert Study.build(yaml.safe_load("learning_rate: 1e-3")).learning_rate == 1e-3  # yaml 1.1 wants 1.0e-3
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_paths(monkeypatch):
+    monkeypatch.delenv("OUTPUTS", raising=False)
+    run = Run(study="abc", task="binary", backbone="resnet50", loss="wbce", seed=5, image_size=224)
+    assert run.name == "binary-resnet50-wbce"
+    assert run.folder == ROOT / "outputs" / "abc"
+    assert run.run_folder == run.folder / "binary-resnet50-wbce" / "seed5"
+    assert run.weights_path == run.run_folder / "model.safetensors"
+    assert Run(checkpoint="last").weights_path.name == "model_last.safetensors"
+    assert run.store_size == 256 and run.store_folder == run.folder / "store" / "256px"
+    assert run.release_folder == run.folder / "release"
+    assert "phantom" in run.data_label and "not patients" in run.data_label
+
+
+def test_data_root_is_absolute_or_from_the_repository(tmp_path):
+    assert Study(release="nih", data_root=str(tmp_path)).release_folder == tmp_path
+    assert Study(release="nih", data_root="films/nih").release_folder == ROOT / "films" / "nih"
+    assert "phantom" not in Study(release="nih", data_root="x").data_label
+
+
+# --- files and overrides ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_its_study_and_its_own_file(elsewhere):
+    study = load_study("small")
+    run = study.run("binary-resnet50-bce", 4)
+    assert (run.epochs, run.task, run.backbone, run.loss, run.seed) == (7, "binary", "resnet50", "bce", 4)
+    assert run.run_folder.parts[-3:] == ("small", "binary-resnet50-bce", "seed4")
+
+
+def test_overrides_win_and_are_checked(elsewhere):
+    assert load_study("small", epochs=2).epochs == 2
+    with pytest.raises(ParameterError, match="studies/small.yaml: epochs: .*got 0"):
+        load_study("small", epochs=0)
+    with pytest.raises(ParameterError, match="epocs: no such parameter; did you mean epochs"):
+        load_study("small", epocs=1)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("study: broken\nmodel:\n  epochs: 3\n", "broken.yaml: must hold flat"),
+    ("- a\n- b\n", "broken.yaml: must hold flat"),
+    ("", "broken.yaml: must hold flat"),
+    ("study: [broken\n", "broken.yaml: not valid yaml"),
+    ("study: other\nruns: [binary-resnet50-bce]\n", "study says 'other'.*file's own name"),
+    ("study: broken\nruns: [binary-resnet50-bce]\nepoch: 3\n", "params/studies/broken.yaml: epoch: no such parameter; did you mean epochs"),
+])
+def test_a_study_file_that_is_wrong(elsewhere, text, message):
+    elsewhere("studies", "broken", text)
+    with pytest.raises(ParameterError, match=message):
+        load_study("broken")
+
+
+def test_a_study_that_does_not_exist(elsewhere):
+    with pytest.raises(ParameterError, match=r"smal.yaml: no such file; did you mean small\?.*has small"):
+        load_study("smal")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("task: multilabel\nbackbone: resnet50\nloss: bce\n", "binary-resnet50-focal.yaml: describes multilabel-resnet50-bce; .*<task>-<backbone>-<loss>"),
+    ("task: binary\nbackbone: resnet50\nloss: focul\n", "binary-resnet50-focal.yaml on study small: loss: .*got 'focul'"),
+    ("task: binary\nbackbone: resnet50\nlos: focal\n", r"los: no such parameter; did you mean loss\?"),
+    ("", "binary-resnet50-focal.yaml: must hold flat"),
+])
+def test_a_run_file_that_is_wrong(elsewhere, text, message):
+    elsewhere("runs", "binary-resnet50-focal", text)
+    with pytest.raises(ParameterError, match=message):
+        load_study("small", runs=["binary-resnet50-bce", "binary-resnet50-focal"])
+
+
+# --- notebooks --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [Study, Run])
+def test_the_parameters_cell_holds_every_default(model):
+    source = parameters_cell(model)
+    assert cell_values(source) == model().model_dump()
+    for line in source.splitlines():
+        assert "  # " in line or line.startswith("    ") or line == "]", line
+        assert len(line) <= 160
+    assert model.from_notebook(cell_values(source)) == model()
+
+
+def test_a_notebooks_own_names_are_not_parameters():
+    namespace = {"__name__": "__main__", "_ih": [], "In": [], "Out": {}, "exit": print, "get_ipython": print, "yaml": yaml, "Run": Run, "load": load}
+    assert Run.from_notebook({**namespace, "epochs": 3, "loss": "bce"}) == Run(epochs=3, loss="bce")
+
+
+def test_a_misspelt_notebook_parameter_is_an_error():
+    with pytest.raises(ParameterError, match=r"los: no such parameter; did you mean loss\?"):
+        Run.from_notebook({**cell_values(parameters_cell(Run)), "los": "bce"})
+    with pytest.raises(ParameterError, match=r"loss: no such parameter"):  # a study holds no loss
+        Study.from_notebook({"loss": "bce"})
+
+
+def test_a_kernel_that_has_run_the_notebook_before_says_so():
+    for left in ({"run": Run()}, {"study": Study(), "path": ROOT}):
+        with pytest.raises(ParameterError, match="Restart the kernel and run all cells"):
+            Run.from_notebook({**cell_values(parameters_cell(Run)), **left})
