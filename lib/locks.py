@@ -4,6 +4,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import current_process
 from pathlib import Path
 
 
@@ -37,9 +38,14 @@ def exclusive(path: str | Path, waiting: str) -> Iterator[None]:
     ------
     OSError
         `path` cannot be opened for writing.
+    RuntimeError
+        Another process has it, and this one is a worker of `multiprocessing` that runs a script from the top.
     """
     file = try_lock(path)
     if file is None:
+        if getattr(current_process(), "_inheriting", False):
+            # multiprocessing runs a script again in each worker, which would now wait for the process that waits for it.
+            raise RuntimeError("this script starts processes that run it again: put its calls below `if __name__ == '__main__':`")
         print(waiting, flush=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(file, fcntl.LOCK_EX)

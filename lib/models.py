@@ -81,7 +81,8 @@ def _trunk(backbone, pretrained):
     try:
         if backbone == "resnet50":
             from torchvision.models import ResNet50_Weights, resnet50
-            network = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2 if pretrained else None)
+            # Residual branches that start at zero let a net this deep learn from its first steps; pretrained weights overwrite them.
+            network = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2 if pretrained else None, zero_init_residual=True)
             return nn.Sequential(OrderedDict(list(network.named_children())[:-2])), 2048
         if backbone == "tdensenet":
             from torchvision.models import DenseNet121_Weights, densenet121

@@ -315,7 +315,7 @@ def discard_rest(run_folder, state):
     """Remove what a killed process left half-written, and the saved states that cannot follow on `state`: the damaged, and those of other
     parameters. Left in place they would count among the two latest."""
     whole = [] if state is None else [path for path in (run_folder / "state").glob("epoch-*.pt") if path.stem.rpartition("-")[2] == _digest(path)]
-    for path in [*(run_folder / "state").glob("*"), *(run_folder / "state").glob(".*"), *run_folder.glob(".model*"), *run_folder.glob(".training*")]:
+    for path in [*(run_folder / "state").glob("*"), *run_folder.glob(".model*"), *run_folder.glob(".training*")]:
         if path not in whole:
             path.unlink()
 

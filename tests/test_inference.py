@@ -10,14 +10,15 @@ from lib.data.batches import Batch
 
 
 def model(inplace=True):
-    torch_state = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     network = nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(3, 6, 3, padding=1), norm=nn.BatchNorm2d(6), relu=nn.ReLU(inplace=inplace), drop=nn.Dropout(0.5),
-        block=nn.Sequential(OrderedDict(conv=nn.Conv2d(6, 5, 3, stride=2), act=nn.ReLU(inplace=inplace))), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(5, 4)))
+        block=nn.Sequential(OrderedDict(conv=nn.Conv2d(6, 5, 3, stride=2), act=nn.ReLU(inplace=inplace))),
+        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(5, 4)))
     with torch.no_grad():
         for tensor in network.state_dict().values():
             if tensor.is_floating_point():
-                tensor.copy_(torch.rand(tensor.shape, generator=torch_state) - 0.4)
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.4)
         network.norm.running_var.fill_(0.7)
     return network
 

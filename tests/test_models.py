@@ -158,7 +158,8 @@ def test_file_of_a_run(tmp_path):
 
 def test_half_precision_file_is_read_as_float32(tmp_path):
     source = build_model("resnet18", 2, seed=1)
-    save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in source.trunk.state_dict().items()}, tmp_path / "half.safetensors")
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in source.trunk.state_dict().items()}
+    save_file(halves, tmp_path / "half.safetensors")
     model = build_model("resnet18", 2, str(tmp_path / "half.safetensors"))
     assert next(model.parameters()).dtype == torch.float32
 

@@ -60,7 +60,8 @@ def test_nih_is_the_papers_recipe():
 # --- values -----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("key", "near"), [("learning_rat", "learning_rate"), ("epoch", "epochs"), ("Loss", "loss"), ("dataroot", "data_root"), ("weightdecay", "weight_decay")])
+@pytest.mark.parametrize(("key", "near"), [
+    ("learning_rat", "learning_rate"), ("epoch", "epochs"), ("Loss", "loss"), ("dataroot", "data_root"), ("weightdecay", "weight_decay")])
 def test_a_misspelt_key_names_the_nearest(key, near):
     with pytest.raises(ParameterError, match=f"my file: {key}: no such parameter; did you mean {near}\\?"):
         Run.build({key: 1}, "my file")
@@ -76,8 +77,8 @@ def test_a_key_near_nothing_is_still_refused():
     ("learning_rate", math.inf), ("weight_decay", -1), ("validation_fraction", 0), ("validation_fraction", 1), ("image_size", 16), ("image_size", 4096),
     ("phantom_films", 1), ("alpha", 1.5), ("gamma", -1), ("beta", 1.0), ("jitter", 1.0), ("loss", "hinge"), ("task", "ternary"), ("device", "gpu"), ("gpus", 0),
     ("checkpoint", "first"), ("cam_method", "score"), ("connectivity", 6), ("dissection_quantile", 1), ("concept_resolution", "film"), ("precision", "fp8"),
-    ("wbce_scheme", "batch"), ("cb_scale", "max"), ("seed", -1), ("seed", 2**31), ("seeds", []), ("runs", []), ("study", "a/b"), ("study", ""), ("study", "a\n"),
-    ("init", ""), ("n_replicates", -1), ("final_learning_rate", 2), ("skip_bad_films", "perhaps"), ("epochs", None),
+    ("wbce_scheme", "batch"), ("cb_scale", "max"), ("seed", -1), ("seed", 2**31), ("seeds", []), ("runs", []), ("study", "a/b"), ("study", ""),
+    ("study", "a\n"), ("init", ""), ("n_replicates", -1), ("final_learning_rate", 2), ("skip_bad_films", "perhaps"), ("epochs", None),
 ])
 def test_out_of_range(key, value):
     with pytest.raises(ParameterError, match=f"^here: {key}: .*got "):

@@ -26,7 +26,7 @@ def lesion_maps(masks, classes, boxed, size):
     ndarray, float32 (P, size, size) in [0, 1]
     """
     maps = np.zeros((len(classes), size, size), np.float32)
-    for p, (lesions, name) in enumerate(zip(masks, classes)):
+    for p, (lesions, name) in enumerate(zip(masks, classes, strict=True)):
         wanted = [mask for key, mask in lesions.items() if key == name or (name == UNHEALTHY and key in boxed)]
         if wanted:
             maps[p] = cv2.resize(np.any(wanted, axis=0).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)

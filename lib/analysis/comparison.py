@@ -103,7 +103,7 @@ def prediction_metrics(predictions, *, n_replicates, seed=0):
     parts = []
     for run, frame in predictions.groupby(RUN, sort=False):
         logits, targets, classes, patients = prediction_arrays(frame)
-        parts.append(classification_metrics(logits, targets, classes, patients, n_replicates, seed).assign(**dict(zip(RUN, run))))
+        parts.append(classification_metrics(logits, targets, classes, patients, n_replicates, seed).assign(**dict(zip(RUN, run, strict=True))))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -123,7 +123,8 @@ def typical_pairs(alignment, *, per_class=1):
     """
     mean = alignment.groupby(["image", "class"], as_index=False)["iobb"].mean().dropna()
     distance = (mean["iobb"] - mean.groupby("class")["iobb"].transform("median")).abs()
-    return mean.assign(distance=distance).sort_values(["class", "distance", "image"]).groupby("class").head(per_class).drop(columns="distance").reset_index(drop=True)
+    nearest = mean.assign(distance=distance).sort_values(["class", "distance", "image"]).groupby("class").head(per_class)
+    return nearest.drop(columns="distance").reset_index(drop=True)
 
 
 def prediction_arrays(predictions):

@@ -34,8 +34,8 @@ def box_pairs(films: pd.DataFrame, boxes: pd.DataFrame, classes: list[str]) -> p
     DataFrame
         One row a pair, by film row and class: row, image, patient, class, output (index into `classes`), n_boxes, boxes (array (K, 4)).
     """
-    rows = dict(zip(films["image"], films.index))
-    patients = dict(zip(films["image"], films["patient"]))
+    rows = dict(zip(films["image"], films.index, strict=True))
+    patients = dict(zip(films["image"], films["patient"], strict=True))
     kept = boxes[boxes["image"].isin(rows) & boxes["class"].isin(classes)]
     pairs = [(rows[image], image, patients[image], name, classes.index(name), len(part), part[["x1", "y1", "x2", "y2"]].to_numpy(float))
              for (image, name), part in kept.groupby(["image", "class"], sort=False)]

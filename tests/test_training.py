@@ -1,0 +1,490 @@
+"""The training loop: the same bits after any interruption, and a clear end where it cannot go on."""
+
+import contextlib
+import errno
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import PHANTOM
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lib import devices, records, training
+from lib.data import open_data
+from lib.devices import DeviceError, choose_device, hold_gpus
+from lib.locks import exclusive, try_lock
+from lib.params import ROOT, Run
+
+EPOCHS = 3
+# One server imports torch once; its children start in milliseconds, each a process of its own that can be killed.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["lib.training"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums depend on the number of threads; the processes of this file all have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store_folder(small_phantom):
+    run = Run.build(parameters(small_phantom, "store"))
+    open_data(run)
+    return run.folder / "store"
+
+
+@pytest.fixture
+def new_run(small_phantom, store_folder, request):
+    """Makes a run of a study of this test's own, on the store of all tests."""
+    def make(study="", **changes):
+        name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name) + study
+        run = Run.build(parameters(small_phantom, name, **changes))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not (run.folder / "store").exists():
+            (run.folder / "store").symlink_to(store_folder)
+        return run
+    return make
+
+
+def parameters(phantom, study, **changes):
+    return {"study": study, "release": "phantom", "data_root": str(phantom), "phantom_films": PHANTOM["n_films"], "phantom_size": PHANTOM["size"],
+            "phantom_seed": PHANTOM["seed"], "image_size": 32, "validation_fraction": 0.3, "epochs": EPOCHS, "batch_size": 16, "init": "scratch",
+            "device": "cpu", "precision": "float32"} | changes
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_phantom, store_folder):
+    """Folder of a run that was never disturbed."""
+    run = Run.build(parameters(small_phantom, "uninterrupted"))
+    run.folder.mkdir(parents=True)
+    (run.folder / "store").symlink_to(store_folder)
+    training.fit(run)
+    return run.run_folder
+
+
+def differences(one, other):
+    """What differs between two finished runs: weights by their bits, the rows of training.csv but for the clock."""
+    found = []
+    for name in ("model.safetensors", "model_last.safetensors"):
+        first, second = load_file(one / name), load_file(other / name)
+        assert first.keys() == second.keys()
+        found += [f"{name}: {key}" for key in first if not torch.equal(first[key], second[key])]
+    clock = ["seconds", "films_per_second"]
+    first, second = (pd.read_csv(folder / "training.csv").drop(columns=clock) for folder in (one, other))
+    return found + ([] if first.equals(second) else ["training.csv"])
+
+
+def child(run, log, crash_at=0, then=None):
+    """Body of a killable process: trains `run`; before its `crash_at`-th move of a file into place it dies by SIGKILL."""
+    torch.set_num_threads(1)
+    move, calls = os.replace, itertools.count(1)
+
+    def move_or_die(source, target):
+        if next(calls) == crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        move(source, target)
+
+    os.replace = move_or_die
+    with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file):
+        training.fit(run)
+
+
+def start(run, log, **options):
+    process = SERVER.Process(target=child, args=(run, log), kwargs=options)
+    process.start()
+    return process
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(run, monkeypatch, after):
+    """Train `run` up to the saved state of epoch `after`."""
+    write = training.write_state
+
+    def write_and_stop(state, folder):
+        write(state, folder)
+        if state["epoch"] == after:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_state", write_and_stop)
+        with pytest.raises(Interrupted):
+            training.fit(run)
+    return sorted((run.run_folder / "state").glob("epoch-*.pt"))
+
+
+# ---- interruptions
+
+
+def test_a_finished_run_leaves_what_is_promised(uninterrupted):
+    record = records.read_json(uninterrupted / "run.json")
+    assert record["status"] == "finished" and record["best_epoch"] in range(1, EPOCHS + 1)
+    assert {"parameters", "versions", "commit", "host", "device", "started", "finished", "identity", "n_positive_train", "loss_weights"} <= record.keys()
+    history = pd.read_csv(uninterrupted / "training.csv")
+    assert list(history["epoch"]) == [1, 2, 3] and np.isfinite(history.to_numpy()).all()
+    assert record["best_val_auroc"] == history["val_auroc"].max()
+    states = sorted((uninterrupted / "state").iterdir())
+    assert [path.name[:11] for path in states] == ["epoch-00002", "epoch-00003"]
+    assert torch.load(states[1], weights_only=True)["epoch"] == 3
+    with safe_open(uninterrupted / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == record["classes"]
+
+
+def test_killed_before_each_move_of_a_file_it_ends_with_the_same_bits(new_run, uninterrupted, tmp_path):
+    """A run moves: run.json; then of each epoch the state, its name, training.csv; then training.csv, both models, run.json."""
+    run = new_run()
+    for crash_at in (1, 2, 3, 4, 3, 4, 4, 2, 3, 4, 5):
+        process = start(run, tmp_path / "log", crash_at=crash_at)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+        assert training.finished_history(run, records.read_json(uninterrupted / "run.json")["identity"]) is None
+    process = start(run, tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0
+    assert differences(uninterrupted, run.run_folder) == []
+    left = {path.name for path in run.run_folder.rglob("*") if path.is_file() and not path.name.startswith("epoch-")}
+    assert left == {".lock", "run.json", "training.csv", "model.safetensors", "model_last.safetensors"}
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(new_run, uninterrupted, tmp_path):
+    run = new_run()
+    resolved = tmp_path / "resolved.json"
+    records.write_json(run.model_dump(), resolved)
+    seconds = pd.read_csv(uninterrupted / "training.csv")["seconds"]
+    rng = np.random.default_rng()
+    # Once by the entry point, in the middle of the second epoch.
+    process = subprocess.Popen([sys.executable, "-m", "lib.training", resolved], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert "epoch 1/3" in process.stdout.readline()
+        time.sleep(rng.uniform(0.2, 0.8) * seconds.min())
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    for delay in rng.uniform(0.1, 1.2, 4) * seconds.mean():
+        process = start(run, tmp_path / "log")
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        print(f"killed after {delay:.3f} s")
+    training.fit(run)
+    assert differences(uninterrupted, run.run_folder) == []
+
+
+def test_a_state_without_its_optimizer_would_be_noticed(new_run, uninterrupted, monkeypatch):
+    """The control of the tests above: these can fail."""
+    run = new_run()
+    path = interrupt(run, monkeypatch, after=1)[-1]
+    state = torch.load(path, weights_only=True)
+    path.unlink()
+    training.write_state({**state, "optimizer": {**state["optimizer"], "state": {}}}, path.parent)
+    training.fit(run)
+    assert len(differences(uninterrupted, run.run_folder)) > 100
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_state_falls_back_to_the_one_before(new_run, uninterrupted, monkeypatch, capsys, damage):
+    run = new_run()
+    path = interrupt(run, monkeypatch, after=2)[-1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"truncated": content[:-1000], "flipped": content, "empty": b""}[damage])
+    capsys.readouterr()
+    training.fit(run)
+    said = capsys.readouterr().out
+    assert f"{path.name} is damaged" in said and "carries on after epoch 1 of 3" in said
+    assert differences(uninterrupted, run.run_folder) == []
+    assert [name.name[:11] for name in sorted((run.run_folder / "state").iterdir())] == ["epoch-00002", "epoch-00003"]
+
+
+def test_changed_parameters_start_over_and_can_be_interrupted_too(new_run, uninterrupted, monkeypatch, capsys):
+    other = new_run(learning_rate=5e-4, epochs=5)
+    interrupt(other, monkeypatch, after=4)
+    run = new_run()
+    assert run.run_folder == other.run_folder
+    assert len(interrupt(run, monkeypatch, after=1)) == 1  # states of the other parameters are gone: they would pass for later ones
+    said = capsys.readouterr().out
+    assert "epochs: 5 -> 3" in said and "learning_rate: 0.0005 -> 0.001" in said and "starts over" in said
+    training.fit(run)
+    assert "carries on after epoch 1 of 3" in capsys.readouterr().out
+    assert differences(uninterrupted, run.run_folder) == []
+
+
+def test_changed_code_starts_over(new_run, monkeypatch, capsys):
+    run = new_run(epochs=1)
+    training.fit(run)
+    monkeypatch.setattr(training, "CODE", (*training.CODE, "records.py"))  # as an edit would, this changes the digest
+    training.fit(run)
+    assert "training starts over" in capsys.readouterr().out
+
+
+def test_a_finished_run_returns_at_once(new_run, uninterrupted, monkeypatch, capsys):
+    run = new_run()
+    shutil.copytree(uninterrupted, run.run_folder)
+    monkeypatch.setattr(training, "_train_epoch", lambda *_: pytest.fail("nothing is left to train"))
+    before = {path: path.stat().st_mtime_ns for path in run.run_folder.rglob("*.*")}
+    history = training.fit(run)
+    assert "already trained, 3 epochs" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run.run_folder.rglob("*.*")}
+    assert history.equals(pd.read_csv(uninterrupted / "training.csv"))
+    # Snakemake removes a rule's outputs before it runs again: they are written anew from the last state.
+    for name in ("run.json", "training.csv", "model.safetensors", "model_last.safetensors"):
+        (run.run_folder / name).unlink()
+    training.fit(run)
+    assert differences(uninterrupted, run.run_folder) == []
+
+
+def test_two_processes_on_one_run_take_turns(new_run, uninterrupted, tmp_path):
+    run = new_run()
+    logs = [tmp_path / "first", tmp_path / "second"]
+    processes = [start(run, log) for log in logs]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    said = sorted(log.read_text() for log in logs)
+    assert "another process trains it" in said[0] and "already trained, 3 epochs" in said[0]
+    assert "epoch 3/3" in said[1] and "another process" not in said[1]
+    assert differences(uninterrupted, run.run_folder) == []
+
+
+# ---- what cannot go on
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_state(new_run, uninterrupted, monkeypatch):
+    run = new_run()
+    loss, calls = training.imbalance_loss, itertools.count(1)
+    fifth = 1 + math.ceil(records.read_json(uninterrupted / "run.json")["films"]["train"] / 16) + 1  # of these one validates: step 1 of epoch 2
+
+    def broken(*arguments):
+        return loss(*arguments) * (math.nan if next(calls) == fifth else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "imbalance_loss", broken)
+        with pytest.raises(training.TrainingError, match=r"not finite at epoch 2, step 1\. The state after epoch 1 is kept.*learning_rate.*gradient_clip"):
+            training.fit(run)
+    (path,) = (run.run_folder / "state").iterdir()
+    state = torch.load(path, weights_only=True)
+    assert state["epoch"] == 1 and all(tensor.isfinite().all() for tensor in state["model"].values())
+    training.fit(run)
+    assert differences(uninterrupted, run.run_folder) == []
+
+
+def test_weights_that_run_away_are_not_saved(new_run):
+    run = new_run(learning_rate=1e30)
+    with pytest.raises(training.TrainingError, match="not finite at epoch 1, .*No epoch was finished"):
+        training.fit(run)
+    assert not (run.run_folder / "state").exists() and not list(run.run_folder.glob("model*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(new_run, monkeypatch):
+    monkeypatch.setattr(training, "imbalance_loss", lambda logits, *_: (0 * logits).sum().sqrt())
+    with pytest.raises(training.TrainingError, match="epoch 1, step 1"):
+        training.fit(new_run())
+
+
+def test_validation_films_with_one_label_only_are_an_error(new_run, monkeypatch):
+    run = new_run(task="binary")
+    tasks = training.task_targets
+    monkeypatch.setattr(training, "task_targets", lambda *arguments: (np.zeros_like(tasks(*arguments)[0]), tasks(*arguments)[1]))
+    with pytest.raises(training.TrainingError, match="Unhealthy.*raise validation_fraction"):
+        training.fit(run)
+    assert {path.name for path in run.run_folder.iterdir()} == {".lock"}
+
+
+def test_a_full_disk_is_named_and_leaves_the_state_before(new_run, uninterrupted, monkeypatch):
+    run = new_run()
+    save = torch.save
+
+    def full_at_two(state, file):
+        if state["epoch"] == 2:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_at_two)
+        with pytest.raises(OSError, match="no space left on the disk while writing .*state.*Free some space and run again"):
+            training.fit(run)
+    assert [path.name[:11] for path in (run.run_folder / "state").iterdir()] == ["epoch-00001"]
+    training.fit(run)
+    assert differences(uninterrupted, run.run_folder) == []
+
+
+# ---- steps
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_schedule(warmup, final):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=final)
+    for step in range(50):
+        expected = final + (1 - final) * math.cos(math.pi / 2 * step / 50) ** 2  # (1 + cos 2a) / 2 = cos^2 a
+        expected *= (step + 1) / warmup if step < warmup else 1
+        assert training.schedule(step, 50, warmup, final) == pytest.approx(expected, abs=1e-12)
+        assert training.schedule(step, 50, 0, final) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        cosine.step()
+
+
+def test_gradients_are_clipped_and_their_norm_is_recorded_before(new_run, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+
+    def measured(self, *arguments):
+        norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for group in self.param_groups for p in group["params"])))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", measured)
+    history = training.fit(new_run(epochs=1, gradient_clip=1e-3))
+    assert history["gradient_norm"][0] > 0.01
+    assert max(norms) <= 1e-3 * (1 + 1e-4) and min(norms) > 0.99e-3
+
+
+def test_the_callers_random_state_is_left_alone(new_run):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    training.fit(new_run(epochs=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---- several processes
+
+
+def test_two_processes_train_as_one_and_die_with_their_parent(new_run, capsys):
+    """ConvNeXt, because batch normalisation sees each process's own films only."""
+    single = new_run("single", backbone="convnext_atto", epochs=2, loss="cb_focal")
+    double = new_run("double", backbone="convnext_atto", epochs=2, loss="cb_focal", gpus=2)
+    code = f"from lib import training; from lib.params import Run; training.train(Run.build({double.model_dump()!r}))"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        lines = iter(parent.stdout.readline, "")
+        assert any("epoch 1/2" in line for line in lines)
+        workers = processes_of(str(double.run_folder))
+        assert len(workers) == 3  # torchrun and two ranks
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while processes_of(str(double.run_folder)):
+        assert time.monotonic() < deadline, "the workers outlive their parent"
+        time.sleep(0.1)
+
+    several = training.train(double)
+    assert "carries on after epoch" in capsys.readouterr().out
+    alone = training.train(single)
+    ours, theirs = (records.read_json(run.run_folder / "run.json") for run in (single, double))
+    assert (ours["world_size"], theirs["world_size"], theirs["status"]) == (1, 2, "finished")
+    assert ours["loss_weights"] == theirs["loss_weights"] and ours["n_positive_train"] == theirs["n_positive_train"]
+    for column in ("learning_rate", "train_loss", "gradient_norm", "val_loss"):
+        np.testing.assert_allclose(several[column], alone[column], rtol=2e-3, err_msg=column)
+    first, second = (load_file(run.run_folder / "model_last.safetensors") for run in (single, double))
+    # Adam divides by the gradient's size, so a gradient of rounding noise moves a weight by up to the learning rate: few may.
+    far = sum(((first[key] - second[key]).abs() > 1e-4).sum().item() for key in first)
+    assert far < 0.01 * sum(tensor.numel() for tensor in first.values())
+
+
+def processes_of(argument):
+    """Numbers of the living processes that have `argument` within their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if "lib.training" in command and any(argument in part for part in command):
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_worker_that_fails_is_an_error_of_the_parent(new_run, monkeypatch):
+    command = []
+
+    def stub(arguments, **options):
+        command.extend(arguments)
+        return popen([sys.executable, "-c", "import sys; print('no films'); sys.exit(3)"], **options)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(training.subprocess, "Popen", stub)
+    with pytest.raises(training.TrainingError, match="torchrun ended with status 3"):
+        training.train(new_run(gpus=2))
+    assert "--nproc-per-node=2" in command and "lib.training" in command
+
+
+def test_a_lock_goes_with_its_holder(tmp_path, capsys):
+    path = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", f"from lib.locks import try_lock; print(try_lock({str(path)!r}), flush=True); input()"],
+                              cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with holder:
+        assert int(holder.stdout.readline()) > 2
+        assert try_lock(path) is None
+        holder.kill()
+        with exclusive(path, "waiting"):
+            assert try_lock(path) is None
+    os.close(try_lock(path))
+
+
+# ---- devices
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, tmp_path):
+    """Torch that sees two GPUs, and a computer on which nobody holds one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(devices.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    hold_gpus.cache_clear()
+    yield chosen
+    hold_gpus.cache_clear()
+
+
+def another_process():
+    """A lock is a property of the open file, so what was taken before stays taken when this process forgets it."""
+    hold_gpus.cache_clear()
+
+
+def test_each_process_takes_a_gpu_of_its_own(two_gpus):
+    taken = []
+    for _ in range(5):
+        taken.append(choose_device("auto").index)
+        assert choose_device("cuda").index == taken[-1]  # a process keeps its own
+        another_process()
+    assert taken == [0, 1, 0, 1, 0]
+    assert two_gpus[-1] == torch.device("cuda:0")
+
+
+def test_a_run_of_several_gpus_gets_free_ones(two_gpus, monkeypatch, new_run):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert training._own_gpus(new_run(device="auto", gpus=2)) == {"CUDA_VISIBLE_DEVICES": "4,7"}
+    another_process()
+    assert choose_device("cuda", local_rank=1).index == 1
+    with pytest.raises(DeviceError, match="gpus is 3, and torch sees 2"):
+        hold_gpus(3)
+    assert training._own_gpus(new_run(device="cpu", gpus=2)) == {}
+
+
+def test_a_device_that_is_not_there_is_named(two_gpus, monkeypatch):
+    assert choose_device("cuda:1").index == 1
+    with pytest.raises(DeviceError, match="'cuda:2' was asked for, and torch sees 2"):
+        choose_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(DeviceError, match="sees no GPU: set device to auto or cpu"):
+        choose_device("cuda")
