@@ -6,6 +6,9 @@ PYTHON ?= python3
 STUDY ?= demo
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 VENV ?= .venv
+OUTPUTS ?= outputs
+GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)
+export OUTPUTS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 export SNAKEMAKE_OUTPUT_CACHE :=
@@ -24,18 +27,22 @@ $(VENV)/.complete: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+# jsonschema imports this one for a check of internationalised addresses that nothing here uses; it builds a grammar while it is imported,
+# which would be most of papermill's start, some seventy times in a study.
+	$(VENV)/bin/python -m pip uninstall --quiet --yes rfc3987-syntax
 	touch $@
 
 demo: STUDY := demo
 demo: study
 
 # The lock is the kernel's, so that it goes with the process however that ends; Snakemake's own would outlive a kill.
-LOCK = $(if $(shell command -v flock),flock --nonblock --conflict-exit-code 75 outputs/.$(STUDY).lock)
+LOCK = $(if $(shell command -v flock),flock --nonblock --conflict-exit-code 75 $(OUTPUTS)/.$(STUDY).lock)
 study: setup
-	@mkdir -p outputs
-	$(LOCK) snakemake --nolock --rerun-incomplete --keep-going --quiet rules host reason \
-	  $(if $(PROFILE),--profile params/profiles/$(PROFILE),--cores $(JOBS)) \
-	  --config study=$(STUDY) $(if $(DATA_ROOT),data_root='$(abspath $(DATA_ROOT))') $(if $(RUNS),runs='$(RUNS)')
+	@mkdir -p $(OUTPUTS)
+	@$(LOCK) snakemake --nolock --rerun-incomplete --keep-going --quiet rules host reason \
+	  $(if $(PROFILE),--profile params/profiles/$(PROFILE),--cores $(JOBS) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS))) \
+	  --config study=$(STUDY) $(if $(DATA_ROOT),data_root='$(abspath $(DATA_ROOT))') $(if $(RUNS),runs='$(RUNS)') \
+	  || { status=$$?; [ $$status != 75 ] || echo "This study is being run already: wait for it, or stop it first." >&2; exit $$status; }
 
 test: setup
 	python -m pytest -n 2 --dist loadfile

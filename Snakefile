@@ -1,8 +1,12 @@
 # Which notebook makes which file. `make demo` and `make study` call this; every rule is a plain papermill line.
+import glob
 import os
+import socket
 import sys
 
 sys.path.insert(0, workflow.basedir)
+from snakemake.exceptions import WorkflowError
+
 from lib.params import ParameterError, load_study
 
 try:
@@ -13,19 +17,46 @@ try:
 except ParameterError as error:
     sys.exit(str(error))
 
-OUT = f"outputs/{study.study}"
+OUTPUTS = os.environ.get("OUTPUTS") or "outputs"
+OUT = f"{OUTPUTS}/{study.study}"
 RUN = f"{OUT}/{{run}}/seed{{seed}}"
-OVERRIDES = f"-p data_root '{study.data_root}'" if "data_root" in overrides else ""
-CORE = ["lib/params.py", "lib/records.py", "lib/data/nih.py", "lib/data/store.py", "lib/data/batches.py"]
+OVERRIDES = f" -p data_root '{study.data_root}'" if "data_root" in overrides else ""
+STUDY = f" -f {{input.study}}{OVERRIDES}"
+RUN_OF_STUDY = STUDY + " -f {input.run} -p seed {wildcards.seed}"
+# Notebooks that look at the whole study are told which runs are part of it.
+ALL_RUNS = STUDY + (f" -y 'runs: [{', '.join(study.runs)}]'" if "runs" in overrides else "")
+CORE = ["lib/params.py", "lib/records.py", *sorted(glob.glob("lib/data/*.py"))]
+MODELS = [*CORE, "lib/models.py", "lib/losses.py", "lib/training.py", "lib/devices.py"]
+LENSES = [*MODELS, "lib/figures.py", "lib/tables.py", *sorted(glob.glob("lib/analysis/*.py"))]
+SOURCES = [
+    path
+    for pattern in ("Data_Entry_2017*.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt")
+    for path in sorted(glob.glob(f"{study.data_root}/{pattern}"))
+    if study.release == "nih"
+]
+PRETEXT = f"{OUTPUTS}/pretext_{study.image_size}px/multilabel-{{backbone}}-bce/seed0"
 
-# OMP_NUM_THREADS keeps jobs that run side by side from fighting over cores. A kernel start is retried by papermill's long timeout.
-PAPERMILL = (
-    "OMP_NUM_THREADS={threads} papermill {input.notebook} {log} -k python3 --no-progress-bar --log-level ERROR --stdout-file - --start-timeout 300 "
-    f"-f {{input.study}} {OVERRIDES}"
-)
-RUN_PARAMETERS = " -f {input.run} -p seed {wildcards.seed}"
+# OMP_NUM_THREADS keeps jobs that run side by side from fighting over cores. A busy machine may start a kernel slowly.
+PAPERMILL = "OMP_NUM_THREADS={threads} papermill {input.notebook} {log} -k python3 --no-progress-bar --log-level ERROR --stdout-file - --start-timeout 300"
 # Every kernel warns that it listens on this machine's loopback; a hundred times that hides the progress.
 QUIETLY = " 2> >(grep -v 'IPKernelApp. WARNING' >&2)"
+
+
+onstart:
+    # A weights file that is missing or cannot be downloaded, or a layer that no model has, stops the study before any film is decoded.
+    from lib.models import build_model
+
+    socket.setdefaulttimeout(60)
+    runs = {(run.backbone, run.init, run.cam_layer, run.dissection_layer) for run in (study.run(name, 0) for name in study.runs)}
+    for backbone, init, *layers in sorted(runs):
+        if init not in ("scratch", "phantom") or any(layers):
+            try:
+                model = build_model(backbone, 1, "scratch" if init == "phantom" else init)
+                unknown = [layer for layer in layers if layer and layer not in dict(model.named_modules())]
+                if unknown:
+                    raise ValueError(f"{backbone} has no module {unknown[0]}: see the names of model.named_modules()")
+            except (RuntimeError, ValueError) as error:
+                raise WorkflowError(str(error)) from None
 
 
 wildcard_constraints:
@@ -42,47 +73,50 @@ rule data:
     input:
         notebook="notebooks/00_data.ipynb",
         study=f"params/studies/{study.study}.yaml",
-        modules=[*CORE, "lib/data/phantom.py"],
+        sources=SOURCES,
+        modules=[*CORE, "lib/figures.py", "lib/analysis/lenses.py"],
     output:
         f"{OUT}/tables/films.csv",
         f"{OUT}/tables/problems.csv",
     log:
         f"{OUT}/00_data.ipynb",
-    threads: workflow.cores
+    threads: 1
     shell:
-        PAPERMILL + QUIETLY
+        PAPERMILL + ALL_RUNS + QUIETLY
 
 
 rule pretext:
+    priority: 2
     input:
         notebook="notebooks/01_train.ipynb",
         study="params/studies/pretext.yaml",
-        run="params/runs/multilabel-{backbone}-bce.yaml",
-        modules=[*CORE, "lib/data/phantom.py", "lib/models.py", "lib/losses.py", "lib/training.py"],
+        modules=MODELS,
     output:
-        "outputs/pretext/multilabel-{backbone}-bce/seed0/model.safetensors",
+        f"{PRETEXT}/model.safetensors",
     log:
-        "outputs/pretext/multilabel-{backbone}-bce/seed0/01_train.ipynb",
+        f"{PRETEXT}/01_train.ipynb",
     threads: 1
     resources:
         gpu=1,
     shell:
-        PAPERMILL + " -f {input.run} -p seed 0" + f" -p image_size {study.image_size}" + QUIETLY
+        PAPERMILL + " -f {input.study} -p task multilabel -p backbone {wildcards.backbone} -p loss bce -p seed 0"
+        f" -p study pretext_{study.image_size}px -p image_size {study.image_size} -p device {study.device} -p precision {study.precision}" + QUIETLY
 
 
 def initial_weights(wildcards):
-    backbone = study.run(wildcards.run, 0).backbone
-    return f"outputs/pretext/multilabel-{backbone}-bce/seed0/model.safetensors" if study.init == "phantom" else []
+    run = study.run(wildcards.run, 0)
+    return f"{PRETEXT}/model.safetensors".format(backbone=run.backbone) if run.init == "phantom" else []
 
 
 rule train:
+    priority: 1
     input:
         initial_weights,
         data=f"{OUT}/tables/films.csv",
         notebook="notebooks/01_train.ipynb",
         study=f"params/studies/{study.study}.yaml",
         run="params/runs/{run}.yaml",
-        modules=[*CORE, "lib/models.py", "lib/losses.py", "lib/training.py"],
+        modules=[*MODELS, "lib/figures.py"],
     output:
         f"{RUN}/model.safetensors",
         f"{RUN}/model_last.safetensors",
@@ -94,23 +128,23 @@ rule train:
     resources:
         gpu=study.gpus,
     shell:
-        PAPERMILL + RUN_PARAMETERS + QUIETLY
+        PAPERMILL + RUN_OF_STUDY + QUIETLY
 
 
-def lens(notebook, modules):
+def lens(notebook):
     """Inputs of a notebook that looks at one trained run."""
     return dict(
         model=f"{RUN}/model.safetensors",
         notebook=f"notebooks/{notebook}.ipynb",
         study=f"params/studies/{study.study}.yaml",
         run="params/runs/{run}.yaml",
-        modules=[*CORE, "lib/models.py", "lib/analysis/inference.py", "lib/analysis/statistics.py", *modules],
+        modules=LENSES,
     )
 
 
 rule metrics:
     input:
-        **lens("02_metrics", ["lib/analysis/metrics.py"]),
+        **lens("02_metrics"),
     output:
         f"{RUN}/predictions.parquet",
         f"{RUN}/metrics.csv",
@@ -120,12 +154,12 @@ rule metrics:
     resources:
         gpu=1,
     shell:
-        PAPERMILL + RUN_PARAMETERS + QUIETLY
+        PAPERMILL + RUN_OF_STUDY + QUIETLY
 
 
 rule cam_alignment:
     input:
-        **lens("03_cam_alignment", ["lib/analysis/cam.py", "lib/analysis/localization.py"]),
+        **lens("03_cam_alignment"),
     output:
         f"{RUN}/cam_alignment.parquet",
     log:
@@ -134,12 +168,12 @@ rule cam_alignment:
     resources:
         gpu=1,
     shell:
-        PAPERMILL + RUN_PARAMETERS + QUIETLY
+        PAPERMILL + RUN_OF_STUDY + QUIETLY
 
 
 rule dissection:
     input:
-        **lens("04_dissection", ["lib/analysis/dissection.py"]),
+        **lens("04_dissection"),
     output:
         f"{RUN}/concepts.parquet",
     log:
@@ -148,7 +182,10 @@ rule dissection:
     resources:
         gpu=1,
     shell:
-        PAPERMILL + RUN_PARAMETERS + QUIETLY
+        PAPERMILL + RUN_OF_STUDY + QUIETLY
+
+
+FIG1 = {"multilabel": "fig1a_cams_multilabel", "binary": "fig1b_cams_binary"}
 
 
 rule figures:
@@ -161,15 +198,14 @@ rule figures:
         ),
         notebook="notebooks/05_figures.ipynb",
         study=f"params/studies/{study.study}.yaml",
-        modules=["lib/figures.py", "lib/tables.py", "lib/analysis/statistics.py"],
+        modules=LENSES,
     output:
         multiext(f"{OUT}/tables/table1_alignment", ".csv", ".md", ".tex"),
         multiext(f"{OUT}/tables/table2_concepts", ".csv", ".md", ".tex"),
-        multiext(f"{OUT}/figures/fig1a_cams_multilabel", ".png", ".pdf"),
-        multiext(f"{OUT}/figures/fig1b_cams_binary", ".png", ".pdf"),
+        [f"{OUT}/figures/{FIG1[task]}{suffix}" for task in sorted({study.run(run, 0).task for run in study.runs}) for suffix in (".png", ".pdf")],
         multiext(f"{OUT}/figures/fig2_performance", ".png", ".pdf"),
     log:
         f"{OUT}/05_figures.ipynb",
-    threads: workflow.cores
+    threads: 16  # cut to what --cores allows
     shell:
-        PAPERMILL + QUIETLY
+        PAPERMILL + ALL_RUNS + QUIETLY

@@ -41,7 +41,8 @@ def choose_device(name="auto", local_rank=None):
     device = torch.device(name)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
-            raise DeviceError(f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs: set device to auto or cuda, or gpus lower")
+            raise DeviceError(f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs: set device to auto, cuda, or "
+                              "one of these, and gpus to at most their number")
         torch.cuda.set_device(device)
     return device
 

@@ -22,7 +22,8 @@ from lib.losses import LOSSES, SCALES
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("multilabel", "binary")
 BACKBONES = ("tdensenet", "resnet50")
-GRID = tuple(f"{task}-{backbone}-{loss}" for task, backbone, loss in itertools.product(TASKS, BACKBONES, LOSSES))
+# The paper's runs. A loss or backbone of your own gets a file in params/runs and a place in the `runs` of a study.
+GRID = tuple(f"{task}-{backbone}-{loss}" for task, backbone, loss in itertools.product(TASKS, BACKBONES, ("bce", "wbce", "focal", "cb_focal")))
 
 
 class ParameterError(ValueError):
@@ -42,15 +43,16 @@ class Study(BaseModel):
     data_root: str = Field("", description="folder of the release; empty: the phantom's own folder in outputs")
     skip_bad_films: bool = Field(False, description="go on without films that are missing or unreadable (they are listed)")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train_val films held out, by patient")
-    phantom_films: int = Field(1800, ge=60, description="films of the simulated release")
+    phantom_films: int = Field(1000, ge=60, description="films of the simulated release")
     phantom_size: int = Field(224, ge=64, le=1024, description="their side, pixels")
     phantom_seed: int = Field(0, ge=0, description="which patients are simulated")
-    image_size: int = Field(64, ge=32, le=1024, description="side of the films that the models see, pixels")
+    phantom_floor: float = Field(0.035, ge=0, le=0.1, description="share of films every finding is lifted to, while a fifth stay normal")
+    image_size: int = Field(66, ge=32, le=1024, description="side of the films that the models see, pixels")
     no_finding_output: bool = Field(True, description="multilabel: 15 outputs with 'No Finding'; False: 14")
     # training
     init: str = Field("phantom", min_length=1, description="imagenet, phantom (other simulated films first), scratch, or a weights file")
-    epochs: int = Field(2, ge=1, description="passes over the training films")
-    batch_size: int = Field(32, ge=2, description="films per step, all devices together")
+    epochs: int = Field(1, ge=1, description="passes over the training films")
+    batch_size: int = Field(16, ge=2, description="films per step, all devices together")
     learning_rate: float = Field(1e-3, gt=0, description="Adam's, at the start of the cosine")
     weight_decay: float = Field(1e-6, ge=0, description="Adam's L2 term")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up of the learning rate, steps")
@@ -94,6 +96,12 @@ class Study(BaseModel):
         if len(set(values)) < len(values):
             raise ValueError("names an entry twice")
         return values
+
+    @model_validator(mode="after")
+    def _batches_divide(self):
+        if self.batch_size % self.gpus or self.batch_size < 2 * self.gpus:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of gpus ({self.gpus}), with at least 2 films for each")
+        return self
 
     @model_validator(mode="after")
     def _release_has_a_root(self):
@@ -164,7 +172,7 @@ class Study(BaseModel):
     @property
     def data_label(self) -> str:
         """What every table and figure says its numbers were measured on."""
-        return "Simulated phantom films, not patients" if self.release == "phantom" else f"NIH ChestX-ray14 films (study {self.study})"
+        return "Simulated phantom films, not patients" if self.release == "phantom" else f"NIH ChestX-ray14 films, study {self.study}"
 
     def run(self, name, seed) -> "Run":
         """The `Run` of this study that params/runs/<name>.yaml describes."""
@@ -194,7 +202,21 @@ class Run(Study):
     def pretext(self) -> "Run":
         """The run that `init: phantom` starts from: all labels, BCE, on the simulated patients of params/studies/pretext.yaml."""
         study = load(ROOT / "params" / "studies" / "pretext.yaml")
-        return Run.build({**study, "image_size": self.image_size, "task": "multilabel", "backbone": self.backbone, "loss": "bce"}, "params/studies/pretext.yaml")
+        run = {"study": f"pretext_{self.image_size}px", "image_size": self.image_size, "device": self.device, "precision": self.precision,
+               "task": "multilabel", "backbone": self.backbone, "loss": "bce"}
+        return Run.build({**study, **run}, "params/studies/pretext.yaml")
+
+    @property
+    def init_path(self) -> Path | None:
+        """The file of the initial weights, where `init` means one."""
+        if self.init == "phantom":
+            return self.pretext.weights_path
+        return None if self.init in ("imagenet", "scratch") else (ROOT / self.init).resolve()
+
+    @property
+    def n_outputs(self) -> int:
+        """Logits: 1 for the binary task, else 15, or 14 without 'No Finding'."""
+        return 1 if self.task == "binary" else 14 + self.no_finding_output
 
     @property
     def weights_path(self) -> Path:

@@ -66,7 +66,7 @@ def table1(alignment: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame with columns data, task, backbone, loss, metric, value, ci_low, ci_high, n, seeds, paper: every cell of the table in the
+    DataFrame with columns data, task, backbone, loss, metric, value, ci_low, ci_high, n, n_skipped (undefined, left out), seeds, paper: every cell of the table in the
     paper's order, NaN where there is no run or no published value.
 
     Raises
@@ -87,11 +87,10 @@ def _beside_paper(results: pd.DataFrame, number: int, data_label: str) -> pd.Dat
     metrics = _TABLES[number]["metrics"]
     results = _checked(results, ["value", "ci_low", "ci_high", "n"])
     results = results[results["metric"].isin(metrics)]
-    if "seeds" not in results:
-        results = results.assign(seeds=1)
+    results = results.assign(**{name: value for name, value in (("seeds", 1), ("n_skipped", 0)) if name not in results})
     cells = pd.MultiIndex.from_product(
         [ordered(TASKS, results["task"]), ordered(BACKBONES, results["backbone"]), ordered(LOSSES, results["loss"]), metrics], names=_KEY)
-    ours = results.set_index(_KEY)[["value", "ci_low", "ci_high", "n", "seeds"]].reindex(cells)
+    ours = results.set_index(_KEY)[["value", "ci_low", "ci_high", "n", "n_skipped", "seeds"]].reindex(cells)
     ours["paper"] = read_published(number).set_index(_KEY)["value"].reindex(cells)
     table = ours.reset_index()
     table.insert(0, "data", data_label)
@@ -119,6 +118,9 @@ def caption(table: pd.DataFrame, interval: str) -> str:
     parts = [f"{spec['title']}. Data: {table['data'].iloc[0]}."]
     if counts:
         parts.append(f"Mean over {' and '.join(counts)}; {_range(have['seeds'], 'seed', 'seeds')} a run.")
+    skipped = have[have["n_skipped"] > 0]
+    if len(skipped):
+        parts.append(f"In {len(skipped)} cells up to {int(skipped['n_skipped'].max())} are undefined and left out (an empty map has no IoR).")
     parts.append(f"Under each mean its 95 % interval ({interval}), then the value of {_PAPER}, Table {number} (full NIH ChestX-ray14).")
     if have["value"].size < len(table):
         parts.append(f"{MISSING}: no such run.")
@@ -277,6 +279,7 @@ def statements(differences: pd.DataFrame, *, margin: float = 0.02) -> pd.DataFra
 
 
 def _verdicts(differences: pd.DataFrame, margin: float) -> pd.DataFrame:
+    differences = differences.astype(dict.fromkeys(["difference", "ci_low", "ci_high"], float))  # an empty frame has columns of objects
     frame = differences[(differences["loss"] != BASELINE) & np.isfinite(differences["difference"])].copy()
     claim = frame["metric"].map({metric: claim for _, metric, claim in _CLAIMS})
     frame, claim = frame[claim.notna()], claim.dropna()

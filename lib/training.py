@@ -35,15 +35,14 @@ from lib.data.nih import task_targets
 from lib.devices import choose_device, device_name, gpu_names, hold_gpus, uses_bfloat16
 from lib.locks import exclusive
 from lib.losses import imbalance_loss, loss_weights
-from lib.models import build_model
+from lib.models import build_model, load_model
 from lib.params import ROOT, Run
 
 # What the weights depend on: a finished or interrupted run is carried on only while all of these stand unchanged.
 IDENTITY = ("task", "backbone", "loss", "seed", "no_finding_output", "image_size", "validation_fraction", "epochs", "batch_size",
             "learning_rate", "weight_decay", "warmup_steps", "final_learning_rate", "gradient_clip", "jitter", "precision", "gpus",
             "alpha", "gamma", "beta", "wbce_scheme", "cb_scale", "loss_factor")
-# The modules that the weights depend on, too: edited, they start a run over.
-CODE = ("training.py", "models.py", "losses.py", "data/batches.py")
+RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
 
 
 class TrainingError(RuntimeError):
@@ -67,7 +66,8 @@ def train(run):
         return fit(run)
     resolved = run.run_folder / "resolved.json"
     records.write_json(run.model_dump(), resolved)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.gpus}", "-m", "lib.training", str(resolved), LIFELINE]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.gpus}",
+               "-m", "lib.training", str(resolved), LIFELINE]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | _own_gpus(run), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
@@ -122,12 +122,13 @@ def fit(run):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(run.device, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
     # Weights first: an ImageNet file that cannot be fetched must stop the run before any film is decoded.
-    init = str(run.pretext.weights_path) if run.init == "phantom" else run.init
-    model = build_model(run.backbone, n_outputs(run), init, run.seed)
+    init = str(run.init_path) if run.init_path else run.init
+    model = build_model(run.backbone, run.n_outputs, init, run.seed)
     with ExitStack() as held:
         if rank == 0:
             run.run_folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive(run.run_folder / ".lock", f"{run.name} seed {run.seed}: another process trains it; waiting for its result"))
+            held.enter_context(exclusive(run.run_folder / ".lock",
+                                         f"{run.name} seed {run.seed}: another process trains it; waiting for its result"))
         if world > 1:
             # The other ranks wait here for the one that waits for the lock, and at the end of each epoch for the one that validates.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
@@ -145,8 +146,8 @@ def _fit(run, model, init, device, rank, world):
     n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
     weights = loss_weights(run.loss, n_positive, len(rows["train"]) - n_positive, alpha=run.alpha, gamma=run.gamma, beta=run.beta,
                            scheme=run.wbce_scheme, scale=run.cb_scale)
-    identity = {**{key: getattr(run, key) for key in IDENTITY}, "films": store.fingerprint,
-                "code": _digest(*(Path(__file__).parent / name for name in CODE)),
+    labels = release.films[["image", "patient", "split", "labels"]].to_csv(index=False).encode()
+    identity = {**{key: getattr(run, key) for key in IDENTITY}, "films": store.fingerprint, "labels": hashlib.sha256(labels).hexdigest()[:16],
                 "initial_weights": init if init in ("scratch", "imagenet") else _digest(init)}
     record = {"status": "running", "run": run.name, "parameters": run.model_dump(), "identity": identity, "classes": classes,
               "films": {split: len(index) for split, index in rows.items()}, "n_positive_train": n_positive.tolist(),
@@ -161,7 +162,8 @@ def _fit(run, model, init, device, rank, world):
 
     low_precision = uses_bfloat16(run.precision, device)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay,
+                                 fused=device.type in ("cpu", "cuda"))
     state = latest_state(run.run_folder / "state", identity)
     if world > 1:
         dist.barrier()
@@ -172,6 +174,8 @@ def _fit(run, model, init, device, rank, world):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history, best = state["history"], state["best"]
+        # What trained the epochs so far stays on record: commit, versions, host, device.
+        record = {**state["record"], "resumed": [*state["record"].get("resumed", []), {**environment(), "at": started.isoformat(timespec="seconds")}]}
         _say(rank, f"{run.name} seed {run.seed}: carries on after epoch {state['epoch']} of {run.epochs}")
     if rank == 0:
         records.write_json(record, run.run_folder / "run.json")
@@ -192,7 +196,7 @@ def _fit(run, model, init, device, rank, world):
             _say(rank, f"{run.name} seed {run.seed}: epoch {epoch}/{run.epochs}  loss {row['train_loss']:.4f}  validation loss {row['val_loss']:.4f}  "
                        f"validation AUROC {row['val_auroc']:.3f}  ({row['seconds']:.0f} s)")
             write_state({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "history": history, "best": best,
-                         "identity": identity}, run.run_folder / "state")
+                         "identity": identity, "record": record}, run.run_folder / "state")
             records.write_table(pd.DataFrame(history), run.run_folder / "training.csv")
         if world > 1:
             dist.barrier()
@@ -209,6 +213,8 @@ def _fit(run, model, init, device, rank, world):
         records.write_json({**record, "status": "finished", "finished": finished.isoformat(timespec="seconds"),
                             "train_seconds": round(sum(row["seconds"] for row in history), 1), "best_epoch": best_row["epoch"],
                             "best_val_auroc": best_row["val_auroc"]}, run.run_folder / "run.json")
+        for old in sorted((run.run_folder / "state").glob("epoch-*.pt"))[:-1]:
+            old.unlink()
     if world > 1:
         dist.barrier()
     return pd.DataFrame(history)
@@ -232,7 +238,10 @@ def _train_epoch(model, optimizer, batches, weights, run, epoch, n_films, low_pr
                 logits = model(batch.images)
             loss = run.loss_factor * imbalance_loss(logits.float(), batch.targets, weights)
             loss.backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), run.gradient_clip or math.inf))
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+            if run.gradient_clip:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), run.gradient_clip, norm)
+            norms.append(norm)
             # On a GPU every look at a value waits for the device: look rarely there. The epoch's state is only written after a look.
             losses.append(loss.detach())
             if device.type == "cpu" or step % 50 == 49 or step == steps - 1:
@@ -244,7 +253,8 @@ def _train_epoch(model, optimizer, batches, weights, run, epoch, n_films, low_pr
     mean_loss = torch.stack(losses).mean()
     if world > 1:
         dist.all_reduce(mean_loss)
-    return {"epoch": epoch, "learning_rate": rate, "train_loss": mean_loss.item() / world, "gradient_norm": torch.stack(norms).mean().item()}
+    return {"epoch": epoch, "learning_rate": rate, "train_loss": mean_loss.item() / world,
+            "gradient_norm": torch.stack(norms).mean().item()}
 
 
 def _check_finite(values, run, epoch, where):
@@ -314,15 +324,16 @@ def latest_state(folder, identity):
 def discard_rest(run_folder, state):
     """Remove what a killed process left half-written, and the saved states that cannot follow on `state`: the damaged, and those of other
     parameters. Left in place they would count among the two latest."""
-    whole = [] if state is None else [path for path in (run_folder / "state").glob("epoch-*.pt") if path.stem.rpartition("-")[2] == _digest(path)]
-    for path in [*(run_folder / "state").glob("*"), *run_folder.glob(".model*"), *run_folder.glob(".training*")]:
+    states = (run_folder / "state").glob("epoch-*.pt")
+    whole = [path for path in states if state is not None and path.stem.rpartition("-")[2] == _digest(path)]
+    for path in [*(run_folder / "state").glob("*"), *(left for name in RESULTS for left in run_folder.glob(f".{name}.*"))]:
         if path not in whole:
             path.unlink()
 
 
 def finished_history(run, identity):
     """The rows of training.csv if `run` is finished with this very identity, else None."""
-    paths = [run.run_folder / name for name in ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")]
+    paths = [run.run_folder / name for name in RESULTS]
     if not all(path.is_file() for path in paths):
         return None
     record = records.read_json(paths[0])
@@ -335,17 +346,34 @@ def _changed(old, new):
     return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
 
 
-def _digest(*paths):
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def n_outputs(run):
-    """Logits of a run: 1 for the binary task, else 15, or 14 without 'No Finding'."""
-    return 1 if run.task == "binary" else 14 + run.no_finding_output
+def load_trained(run):
+    """The classifier that the analysis of `run` reads, on its device, in evaluation mode.
+
+    Returns
+    -------
+    model : lib.models.Classifier
+    device : torch.device
+
+    Raises
+    ------
+    TrainingError
+        The run is not trained, not finished, or was trained with other parameters than `run` has; the message names them.
+    """
+    path = run.run_folder / "run.json"
+    if not path.is_file() or not run.weights_path.is_file():
+        raise TrainingError(f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. Run 01_train with these parameters first")
+    record = records.read_json(path)
+    changed = _changed({key: record["parameters"].get(key) for key in IDENTITY}, {key: getattr(run, key) for key in IDENTITY})
+    if record["status"] != "finished" or changed:
+        raise TrainingError(f"{path}: " + (f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}")
+                            + ". Run 01_train with these parameters first")
+    device = choose_device(run.device)
+    return load_model(run.weights_path, run.backbone, run.n_outputs).to(device), device
 
 
 def environment():

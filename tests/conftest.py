@@ -4,8 +4,6 @@ import pytest
 
 from lib.data.phantom import write_phantom
 
-PHANTOM = {"n_films": 100, "size": 64, "seed": 0}
-
 
 @pytest.fixture(scope="session", autouse=True)
 def outputs(tmp_path_factory):
@@ -20,5 +18,5 @@ def outputs(tmp_path_factory):
 def small_phantom(tmp_path_factory):
     """Folder of a simulated release of 100 films at 64 px."""
     root = tmp_path_factory.mktemp("phantom") / "release"
-    write_phantom(root, **PHANTOM)
+    write_phantom(root, n_films=100, size=64, seed=0)
     return root

@@ -18,20 +18,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PHANTOM
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lib import devices, records, training
 from lib.data import open_data
+from lib.data.batches import count_batches
 from lib.devices import DeviceError, choose_device, hold_gpus
 from lib.locks import exclusive, try_lock
+from lib.models import build_model
 from lib.params import ROOT, Run
 
 EPOCHS = 3
 # One server imports torch once; its children start in milliseconds, each a process of its own that can be killed.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["lib.training"])
+SERVER.set_forkserver_preload(["lib.training", "torchvision.models"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,9 +67,8 @@ def new_run(small_phantom, store_folder, request):
 
 
 def parameters(phantom, study, **changes):
-    return {"study": study, "release": "phantom", "data_root": str(phantom), "phantom_films": PHANTOM["n_films"], "phantom_size": PHANTOM["size"],
-            "phantom_seed": PHANTOM["seed"], "image_size": 32, "validation_fraction": 0.3, "epochs": EPOCHS, "batch_size": 16, "init": "scratch",
-            "device": "cpu", "precision": "float32"} | changes
+    return {"study": study, "release": "nih", "data_root": str(phantom), "image_size": 32, "validation_fraction": 0.3, "epochs": EPOCHS,
+            "batch_size": 16, "learning_rate": 1e-3, "init": "scratch", "checkpoint": "last", "device": "cpu", "precision": "float32"} | changes
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def differences(one, other):
     return found + ([] if first.equals(second) else ["training.csv"])
 
 
-def child(run, log, crash_at=0, then=None):
+def child(run, log, crash_at=0):
     """Body of a killable process: trains `run`; before its `crash_at`-th move of a file into place it dies by SIGKILL."""
     torch.set_num_threads(1)
     move, calls = os.replace, itertools.count(1)
@@ -140,13 +140,12 @@ def interrupt(run, monkeypatch, after):
 def test_a_finished_run_leaves_what_is_promised(uninterrupted):
     record = records.read_json(uninterrupted / "run.json")
     assert record["status"] == "finished" and record["best_epoch"] in range(1, EPOCHS + 1)
-    assert {"parameters", "versions", "commit", "host", "device", "started", "finished", "identity", "n_positive_train", "loss_weights"} <= record.keys()
+    assert {"parameters", "versions", "commit", "host", "device", "started", "finished", "identity", "loss_weights"} <= record.keys()
     history = pd.read_csv(uninterrupted / "training.csv")
     assert list(history["epoch"]) == [1, 2, 3] and np.isfinite(history.to_numpy()).all()
     assert record["best_val_auroc"] == history["val_auroc"].max()
-    states = sorted((uninterrupted / "state").iterdir())
-    assert [path.name[:11] for path in states] == ["epoch-00002", "epoch-00003"]
-    assert torch.load(states[1], weights_only=True)["epoch"] == 3
+    (state,) = (uninterrupted / "state").iterdir()
+    assert state.name.startswith("epoch-00003") and torch.load(state, weights_only=True)["epoch"] == 3
     with safe_open(uninterrupted / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == record["classes"]
 
@@ -164,7 +163,7 @@ def test_killed_before_each_move_of_a_file_it_ends_with_the_same_bits(new_run, u
     assert process.exitcode == 0
     assert differences(uninterrupted, run.run_folder) == []
     left = {path.name for path in run.run_folder.rglob("*") if path.is_file() and not path.name.startswith("epoch-")}
-    assert left == {".lock", "run.json", "training.csv", "model.safetensors", "model_last.safetensors"}
+    assert left == {".lock", *training.RESULTS}
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(new_run, uninterrupted, tmp_path):
@@ -213,7 +212,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(new_run, uninterrupted, mo
     said = capsys.readouterr().out
     assert f"{path.name} is damaged" in said and "carries on after epoch 1 of 3" in said
     assert differences(uninterrupted, run.run_folder) == []
-    assert [name.name[:11] for name in sorted((run.run_folder / "state").iterdir())] == ["epoch-00002", "epoch-00003"]
+    assert len(records.read_json(run.run_folder / "run.json")["resumed"]) == 1
 
 
 def test_changed_parameters_start_over_and_can_be_interrupted_too(new_run, uninterrupted, monkeypatch, capsys):
@@ -229,12 +228,14 @@ def test_changed_parameters_start_over_and_can_be_interrupted_too(new_run, unint
     assert differences(uninterrupted, run.run_folder) == []
 
 
-def test_changed_code_starts_over(new_run, monkeypatch, capsys):
-    run = new_run(epochs=1)
-    training.fit(run)
-    monkeypatch.setattr(training, "CODE", (*training.CODE, "records.py"))  # as an edit would, this changes the digest
-    training.fit(run)
-    assert "training starts over" in capsys.readouterr().out
+def test_changed_labels_start_over(new_run, small_phantom, monkeypatch, tmp_path, capsys):
+    interrupt(new_run(), monkeypatch, after=1)
+    release = shutil.copytree(small_phantom, tmp_path / "release")  # the films are the same, so the store stands
+    table = release / "Data_Entry_2017.csv"
+    table.write_text(table.read_text().replace(",No Finding,", ",Edema,", 1))
+    run = new_run(data_root=str(release), epochs=3)
+    interrupt(run, monkeypatch, after=1)
+    assert "labels: " in (said := capsys.readouterr().out) and "starts over" in said
 
 
 def test_a_finished_run_returns_at_once(new_run, uninterrupted, monkeypatch, capsys):
@@ -247,7 +248,7 @@ def test_a_finished_run_returns_at_once(new_run, uninterrupted, monkeypatch, cap
     assert before == {path: path.stat().st_mtime_ns for path in run.run_folder.rglob("*.*")}
     assert history.equals(pd.read_csv(uninterrupted / "training.csv"))
     # Snakemake removes a rule's outputs before it runs again: they are written anew from the last state.
-    for name in ("run.json", "training.csv", "model.safetensors", "model_last.safetensors"):
+    for name in training.RESULTS:
         (run.run_folder / name).unlink()
     training.fit(run)
     assert differences(uninterrupted, run.run_folder) == []
@@ -272,14 +273,14 @@ def test_two_processes_on_one_run_take_turns(new_run, uninterrupted, tmp_path):
 def test_nan_loss_stops_and_keeps_the_last_good_state(new_run, uninterrupted, monkeypatch):
     run = new_run()
     loss, calls = training.imbalance_loss, itertools.count(1)
-    fifth = 1 + math.ceil(records.read_json(uninterrupted / "run.json")["films"]["train"] / 16) + 1  # of these one validates: step 1 of epoch 2
+    steps = count_batches(records.read_json(uninterrupted / "run.json")["films"]["train"], run.batch_size)
 
     def broken(*arguments):
-        return loss(*arguments) * (math.nan if next(calls) == fifth else 1)
+        return loss(*arguments) * (math.nan if next(calls) == steps + 2 else 1)  # after the steps of an epoch and its validation
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "imbalance_loss", broken)
-        with pytest.raises(training.TrainingError, match=r"not finite at epoch 2, step 1\. The state after epoch 1 is kept.*learning_rate.*gradient_clip"):
+        with pytest.raises(training.TrainingError, match=r"not finite at epoch 2, step 1\. The state after epoch 1 is kept.*gradient_clip"):
             training.fit(run)
     (path,) = (run.run_folder / "state").iterdir()
     state = torch.load(path, weights_only=True)
@@ -371,16 +372,19 @@ def test_the_callers_random_state_is_left_alone(new_run):
 
 
 def test_two_processes_train_as_one_and_die_with_their_parent(new_run, capsys):
-    """ConvNeXt, because batch normalisation sees each process's own films only."""
-    single = new_run("single", backbone="convnext_atto", epochs=2, loss="cb_focal")
-    double = new_run("double", backbone="convnext_atto", epochs=2, loss="cb_focal", gpus=2)
-    code = f"from lib import training; from lib.params import Run; training.train(Run.build({double.model_dump()!r}))"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
-        lines = iter(parent.stdout.readline, "")
-        assert any("epoch 1/2" in line for line in lines)
-        workers = processes_of(str(double.run_folder))
-        assert len(workers) == 3  # torchrun and two ranks
-        parent.kill()
+    """ConvNeXt, because batch normalisation sees each process's own films only; slowly, because Adam blows up differences of rounding."""
+    n_films = len(open_data(new_run("films"))[1].rows("train"))
+    whole = min((size for size in range(4, n_films + 1, 2) if n_films % size < 2), key=lambda size: abs(size - 16))  # no last batch to be cut
+    changes = {"backbone": "convnext_atto", "loss": "cb_focal", "learning_rate": 1e-5, "batch_size": whole}
+    single, double = new_run("single", **changes), new_run("double", gpus=2, **changes)
+    parent = SERVER.Process(target=training.train, args=(double,))
+    parent.start()
+    while not list(double.run_folder.glob("state/epoch-*.pt")):
+        assert parent.is_alive()
+        time.sleep(0.05)
+    assert len(processes_of(str(double.run_folder))) == 3  # torchrun and two ranks
+    parent.kill()
+    parent.join()
     deadline = time.monotonic() + 20
     while processes_of(str(double.run_folder)):
         assert time.monotonic() < deadline, "the workers outlive their parent"
@@ -393,11 +397,11 @@ def test_two_processes_train_as_one_and_die_with_their_parent(new_run, capsys):
     assert (ours["world_size"], theirs["world_size"], theirs["status"]) == (1, 2, "finished")
     assert ours["loss_weights"] == theirs["loss_weights"] and ours["n_positive_train"] == theirs["n_positive_train"]
     for column in ("learning_rate", "train_loss", "gradient_norm", "val_loss"):
-        np.testing.assert_allclose(several[column], alone[column], rtol=2e-3, err_msg=column)
-    first, second = (load_file(run.run_folder / "model_last.safetensors") for run in (single, double))
-    # Adam divides by the gradient's size, so a gradient of rounding noise moves a weight by up to the learning rate: few may.
-    far = sum(((first[key] - second[key]).abs() > 1e-4).sum().item() for key in first)
-    assert far < 0.01 * sum(tensor.numel() for tensor in first.values())
+        np.testing.assert_allclose(several[column], alone[column], rtol=1e-3, err_msg=column)
+    initial = build_model("convnext_atto", 15, "scratch", single.seed).state_dict()
+    first, second = (torch.cat([(tensor - initial[key]).double().flatten() for key, tensor in load_file(run.weights_path).items()])
+                     for run in (single, double))
+    assert torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.99 and first.norm() > 0
 
 
 def processes_of(argument):
@@ -412,13 +416,12 @@ def processes_of(argument):
 
 
 def test_a_worker_that_fails_is_an_error_of_the_parent(new_run, monkeypatch):
-    command = []
+    command, popen = [], subprocess.Popen
 
     def stub(arguments, **options):
         command.extend(arguments)
         return popen([sys.executable, "-c", "import sys; print('no films'); sys.exit(3)"], **options)
 
-    popen = subprocess.Popen
     monkeypatch.setattr(training.subprocess, "Popen", stub)
     with pytest.raises(training.TrainingError, match="torchrun ended with status 3"):
         training.train(new_run(gpus=2))
@@ -427,8 +430,8 @@ def test_a_worker_that_fails_is_an_error_of_the_parent(new_run, monkeypatch):
 
 def test_a_lock_goes_with_its_holder(tmp_path, capsys):
     path = tmp_path / "lock"
-    holder = subprocess.Popen([sys.executable, "-c", f"from lib.locks import try_lock; print(try_lock({str(path)!r}), flush=True); input()"],
-                              cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = f"from lib.locks import try_lock; print(try_lock({str(path)!r}), flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with holder:
         assert int(holder.stdout.readline()) > 2
         assert try_lock(path) is None

@@ -166,7 +166,7 @@ def _collect(values, bar, kept, filled, channel, word):
 
 
 def count_concepts(maps: Tensor, tau: np.ndarray, boxes: Sequence, image_size: int, *, resolution: str = "image", connectivity: int = 8,
-                   clip: bool = False, usable: np.ndarray | None = None) -> np.ndarray:
+                   clip: bool = False, rounding: str = "outward", usable: np.ndarray | None = None) -> np.ndarray:
     """Connected components of ``A >= tau`` that share at least one pixel with the union of the film's boxes, for every film and channel.
 
     The full mask is labelled, then tested: a component that a box cuts, or that two boxes touch, counts once.
@@ -177,7 +177,7 @@ def count_concepts(maps: Tensor, tau: np.ndarray, boxes: Sequence, image_size: i
     tau : float (F,)
         Thresholds, from `StreamingQuantile`.
     boxes : sequence of B arrays (K, 4)
-        All boxes of each film, of any class: x1, y1, x2, y2 in pixels at ``image_size``, x2 and y2 exclusive; rounded outward.
+        All boxes of each film, of any class: x1, y1, x2, y2 in pixels at ``image_size``, x2 and y2 exclusive.
     image_size : int
         Side of the film in pixels.
     resolution : {'image', 'native'}
@@ -186,6 +186,8 @@ def count_concepts(maps: Tensor, tau: np.ndarray, boxes: Sequence, image_size: i
     connectivity : {8, 4}
     clip : bool
         The mask is multiplied by the boxes before it is labelled (the other reading): a component that boxes cut counts several times.
+    rounding : {'outward', 'trunc'}
+        See `localization.pixel_boxes`.
     usable : bool (F,), optional
         Channels to count; the others give 0. Default all.
 
@@ -213,7 +215,7 @@ def count_concepts(maps: Tensor, tau: np.ndarray, boxes: Sequence, image_size: i
     values = maps.numpy()
     counts = np.zeros((batch, channels), dtype=np.int32)
     reach = int(connectivity == 8)
-    pieces, film = grouped_pixel_boxes(boxes, image_size)
+    pieces, film = grouped_pixel_boxes(boxes, image_size, rounding=rounding)
     if resolution == "native":                                  # the cells that at least one pixel of a box lies in
         sides = np.array([width, height])
         pieces = np.concatenate([pieces[:, :2] * sides // image_size, -(-pieces[:, 2:] * sides // image_size)], axis=1)

@@ -43,6 +43,18 @@ def box_pairs(films: pd.DataFrame, boxes: pd.DataFrame, classes: list[str]) -> p
     return frame.sort_values(["row", "output"], ignore_index=True)
 
 
+def with_other_boxes(pairs: pd.DataFrame) -> pd.DataFrame:
+    """`pairs` with a column `other`: the boxes of the next film of the same class, cyclically.
+
+    A map that goes by anatomy alone fits them as well as its own. A class with one film keeps its own, and so shows no difference.
+    """
+    other = pairs["boxes"].copy()
+    for index in pairs.groupby("class").groups.values():
+        for here, there in zip(index, np.roll(index, -1)):
+            other.at[here] = pairs["boxes"].at[there]
+    return pairs.assign(other=other)
+
+
 def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor, *, layer: str, image_size: int, method: str = "cam",
           rounding: str = "outward") -> pd.DataFrame:
     """Soft IoBB and IoR of the class activation map of each pair: the map of the class that the box names, whatever was predicted.
@@ -52,7 +64,7 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
     outputs : iterable of Output
         With the maps of `layer`, the one that the head pools.
     pairs : DataFrame
-        Of `box_pairs`.
+        Of `box_pairs`, or of `with_other_boxes`.
     weights : Tensor (M, F)
         The head's.
     layer, method, rounding
@@ -63,8 +75,16 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
     Returns
     -------
     DataFrame
-        image, patient, class, n_boxes, box_area, cam_mass, iobb, ior, iou, logit; a row per pair, in the order of the outputs.
+        image, patient, class, n_boxes, box_area, cam_mass, iobb, ior, iou, logit; a row per pair, in the order of the outputs. With other
+        boxes also iobb_other and ior_other. Last, what they depend on: layer, method, rounding.
+
+    Raises
+    ------
+    ValueError
+        No pairs, or a layer that is not the one the head pools.
     """
+    if not len(pairs):
+        raise ValueError("no annotated film: the release has no boxes of these classes on the chosen films (see BBox_List_2017.csv and `annotated`)")
     by_row, parts = dict(list(pairs.groupby("row"))), []
     for output in outputs:
         found = [(position, by_row[row]) for position, row in enumerate(np.asarray(output.rows).tolist()) if row in by_row]
@@ -74,11 +94,17 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
         position = torch.tensor([position for position, part in found for _ in range(len(part))])
         classes = torch.tensor(chosen["output"].to_numpy())
         raw = cam.pair_maps(_pooled_maps(output, layer, weights), weights, position, classes, method)
-        overlap = soft_overlap(cam.normalise(raw).cpu(), list(chosen["boxes"]), image_size, rounding=rounding)
-        logits = output.logits.cpu()[position, classes].numpy()
-        parts.append(pd.concat([chosen[["image", "patient", "class", "n_boxes"]], overlap, pd.Series(logits, name="logit")], axis=1))
+        maps = cam.normalise(raw).cpu()
+        overlap = soft_overlap(maps, list(chosen["boxes"]), image_size, rounding=rounding)
+        overlap["logit"] = output.logits.cpu()[position, classes].numpy()
+        if "other" in chosen:
+            other = soft_overlap(maps, list(chosen["other"]), image_size, rounding=rounding)
+            overlap["iobb_other"], overlap["ior_other"] = other["iobb"], other["ior"]
+        parts.append(pd.concat([chosen[["image", "patient", "class", "n_boxes"]], overlap], axis=1))
     columns = ["image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit"]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+    columns += ["iobb_other", "ior_other"] if "other" in pairs else []
+    table = pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+    return table.assign(layer=layer, method=method, rounding=rounding)
 
 
 def _maps(output, layer):
@@ -91,6 +117,10 @@ def _pooled_maps(output, layer, weights):
     maps = _maps(output, layer)
     if maps.shape[1] != weights.shape[1]:
         raise ValueError(f"layer {layer} has {maps.shape[1]} channels and the head {weights.shape[1]}: CAM reads the layer that the head pools")
+    # The logits less the pooled maps through the head are the head's bias, the same for every film, or these maps are not what it pools.
+    rest = output.logits - maps.mean((2, 3)) @ weights.T
+    if (rest - rest[:1]).abs().max() > 1e-3 * (1 + output.logits.abs().max()):
+        raise ValueError(f"layer {layer} is not the one that the head pools: its maps do not give the logits")
     return maps
 
 
@@ -134,7 +164,7 @@ class Dissection:
 
 
 def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer: str, q: float, image_size: int, resolution: str = "image",
-            connectivity: int = 8) -> Dissection:
+            connectivity: int = 8, rounding: str = "outward") -> Dissection:
     """Concepts of every channel on the annotated films (Khakzar et al., sections 3.2 and 4), from one pass over the outputs.
 
     The thresholds need all films before the first component can be counted. So the maps wait in an unnamed scratch file, which goes
@@ -149,7 +179,7 @@ def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer
     layer : str
     q : float
         P(A >= tau) = q over all annotated films, per channel.
-    image_size, resolution, connectivity
+    image_size, resolution, connectivity, rounding
         See `dissection.count_concepts`.
 
     Raises
@@ -159,6 +189,8 @@ def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer
     OSError
         No space for the scratch file.
     """
+    if not boxes:
+        raise ValueError("no annotated film: the release has no boxes on the chosen films (see BBox_List_2017.csv and `annotated`)")
     quantile, rows, counts = StreamingQuantile(q, len(boxes), layer), [], []
     with tempfile.TemporaryFile() as scratch:
         shape = None
@@ -178,7 +210,7 @@ def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer
             films = rows[start:start + few]
             maps = torch.from_numpy(np.fromfile(scratch, np.float32, len(films) * size).reshape(len(films), *shape))
             counts.append(count_concepts(maps, thresholds.tau, [boxes[row] for row in films], image_size, resolution=resolution,
-                                         connectivity=connectivity, usable=thresholds.usable))
+                                         connectivity=connectivity, rounding=rounding, usable=thresholds.usable))
     return Dissection(np.array(rows), np.concatenate(counts), thresholds)
 
 

@@ -267,9 +267,10 @@ def metric_intervals(
     Notes
     -----
     AP grows with repeated positives, so its replicates lie above the point for rare classes. The bias hardly matters for one
-    class, but in the average, whose interval is narrow, it does not cancel: with 600 films in simulations the interval of the
-    average AP held the truth in a third of the cases. AUROC, and the paired differences of both (`metric_differences`), keep
-    about 95 %: compare runs by their differences.
+    class, but in the average, whose interval is narrow, it does not cancel: with 600 films in simulations the percentile
+    interval of the average AP held the truth in a third of the cases. So the average AP has the basic interval, which reflects
+    the replicates about the point (held the truth in 92 to 99 %). AUROC, and the paired differences of both
+    (`metric_differences`), keep about 95 % with percentiles.
 
     Raises
     ------
@@ -281,7 +282,10 @@ def metric_intervals(
     whole = np.ones((1, replicates.counts.shape[1]), dtype=np.uint16)
     point = _metrics(logits, targets, classes, whole, replicates.patient)
     drawn = _metrics(logits, targets, classes, replicates.counts, replicates.patient)
-    return _metric_frame(point[:, 0], drawn, classes, whole.size)
+    frame = _metric_frame(point[:, 0], drawn, classes, whole.size)
+    biased = (frame["metric"] == "ap") & frame["class"].isin(average_rows(classes)) & (len(classes) > 1)
+    low, high = 2 * frame["point"] - frame["high"], 2 * frame["point"] - frame["low"]
+    return frame.assign(low=frame["low"].mask(biased, low.clip(0, 1)), high=frame["high"].mask(biased, high.clip(0, 1)))
 
 
 def metric_differences(

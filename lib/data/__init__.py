@@ -31,7 +31,8 @@ def open_data(study):
     if study.release == "phantom":
         study.folder.mkdir(parents=True, exist_ok=True)
         with exclusive(study.folder / ".phantom.lock", f"waiting for another process that writes {study.release_folder}"):
-            write_phantom(study.release_folder, n_films=study.phantom_films, size=study.phantom_size, seed=study.phantom_seed)
+            write_phantom(study.release_folder, n_films=study.phantom_films, size=study.phantom_size, seed=study.phantom_seed,
+                          floor=study.phantom_floor)
     release = read_release(study.release_folder, validation_fraction=study.validation_fraction, seed=0, on_missing=choice)
     store = open_store(release, study.store_folder, study.store_size, on_unreadable=choice)
     if store.unreadable:

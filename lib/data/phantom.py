@@ -6,7 +6,7 @@ here); and every finding's total. The other multi-finding films are not tabulate
 probabilities proportional to a product of one weight per finding, the weights fitted so that every total comes out right.
 
 A few thousand films would leave rare findings without test films. So `write_phantom` enriches, on purpose: in each split, films without
-a finding are given a set that holds the rare finding (drawn from the same distribution, given that finding) until it reaches `FLOOR` of
+a finding are given a set that holds the rare finding (drawn from the same distribution, given that finding) until it reaches a floor (`FLOOR`) of
 the films. The imbalance stays: No Finding is near half, the rarest findings are a few percent.
 """
 
@@ -137,8 +137,8 @@ def _draw_films(n_films: int, rng: np.random.Generator) -> pd.DataFrame:
     return films
 
 
-def _enrich(films: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    """Lift every finding to `FLOOR` of each split, at the cost of films without a finding; at least a third of the films stay normal."""
+def _enrich(films: pd.DataFrame, floor: float, rng: np.random.Generator) -> pd.DataFrame:
+    """Lift every finding to the share `floor` of each split, at the cost of films without a finding; at least a fifth of the films stay normal."""
     sets, probability = label_sets()
     findings = list(films["findings"])
     for test in (False, True):
@@ -147,8 +147,8 @@ def _enrich(films: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
         for name in sorted(FINDINGS, key=TOTAL.get):
             holds = np.array([name in subset for subset in sets])
             conditional = np.where(holds, probability, 0) / probability[holds].sum()
-            missing = int(np.ceil(FLOOR * len(rows))) - sum(name in findings[row] for row in rows)
-            for _ in range(min(missing, len(normal) - len(rows) // 3)):
+            missing = int(np.ceil(floor * len(rows))) - sum(name in findings[row] for row in rows)
+            for _ in range(min(missing, len(normal) - len(rows) // 5)):
                 findings[normal.pop()] = sets[rng.choice(len(sets), p=conditional)]
     return films.assign(findings=findings)
 
@@ -225,7 +225,7 @@ def _prepare(root: Path, parameters: dict) -> bool:
     return False
 
 
-def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, workers: int | None = None) -> None:
+def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, floor: float = FLOOR, workers: int | None = None) -> None:
     """Write a simulated release in NIH layout, with exact lesion masks.
 
     The files are Data_Entry_2017.csv, BBox_List_2017.csv (test films only, as in NIH), train_val_list.txt, test_list.txt,
@@ -239,6 +239,7 @@ def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, worke
     n_films : number of films, at least 20
     size : film side in pixels, at least 64
     seed : not negative
+    floor : least share of each split's films that carry a finding, in [0, 0.1]; 0 leaves NIH's own distribution
     workers : processes; default one per core, one for fewer than 200 films
 
     Raises
@@ -249,12 +250,14 @@ def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, worke
     for name, value, least in (("n_films", n_films, 20), ("size", size, 64), ("seed", seed, 0)):
         if isinstance(value, bool) or value != int(value) or value < least:
             raise ValueError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+    if not 0 <= floor <= 0.1:
+        raise ValueError(f"floor is {floor!r}: it must lie between 0 and 0.1")
     root = Path(root)
-    parameters = {"format": 1, "n_films": int(n_films), "size": int(size), "seed": int(seed)}
+    parameters = {"format": 1, "n_films": int(n_films), "size": int(size), "seed": int(seed), "floor": float(floor)}
     if _prepare(root, parameters):
         return
     rng = np.random.default_rng((seed, 0))
-    films = _enrich(_draw_films(n_films, rng), rng)
+    films = _enrich(_draw_films(n_films, rng), floor, rng)
     patients = [group for _, group in films.groupby("patient")]
     task = partial(_write_patient, root=root, size=size, seed=seed)
     workers = workers or (1 if n_films < 200 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())

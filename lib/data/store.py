@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -277,7 +278,7 @@ def _decode_all(
     try:
         with (
             contextlib.closing(_results(tasks, workers)) as results,
-            tqdm(total=len(paths), initial=len(paths) - len(todo), unit="film", desc="decoding") as bar,
+            tqdm(total=len(paths), initial=len(paths) - len(todo), unit="film", desc="decoding", file=sys.stdout, mininterval=5, ascii=True) as bar,
         ):
             for rows, failed in results:
                 done[rows] = True

@@ -1,0 +1,222 @@
+"""The workflow for real, in a copy of the project: interrupted, finished, repeated, and stopped by bad input."""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+from lib import records
+from lib.params import ROOT
+
+RUNS = ("multilabel-tdensenet-focal", "binary-tdensenet-bce")
+LENSES = ("01_train", "02_metrics", "03_cam_alignment", "04_dissection")
+PROJECT = ("lib", "notebooks", "params", "Snakefile", "Makefile", "pyproject.toml", "requirements.lock")
+OF_A_RUN = {"model.safetensors", "model_last.safetensors", "run.json", "training.csv", "predictions.parquet", "metrics.csv",
+            "cam_alignment.parquet", "concepts.parquet"}
+OF_METRICS = {"class", "n_positive", "n_negative", "prevalence", "auroc", "auroc_ci_low", "auroc_ci_high", "ap", "ap_ci_low", "ap_ci_high",
+              "mean_probability", "mean_probability_ci_low", "mean_probability_ci_high", "brier", "ece"}
+OF_ALIGNMENT = {"image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit"}
+TABLES = {f"{name}.{suffix}" for name in ("table1_alignment", "table2_concepts") for suffix in ("csv", "md", "tex")}
+FIGURES = {f"{name}.{suffix}" for name in ("fig1a_cams_multilabel", "fig1b_cams_binary", "fig2_performance")
+           for suffix in ("png", "pdf")}
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of what the study needs, with parameter files of its own."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in PROJECT:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    studies = folder / "params" / "studies"
+    (studies / "no_films.yaml").write_text("study: no_films\nrelease: nih\ndata_root: /there/is/no/such/folder\ninit: scratch\n")
+    (studies / "misspelt.yaml").write_text("study: misspelt\nlearningrate: 0.1\n")
+    return folder
+
+
+def environment(**changes):
+    """As from a shell in which the environment is activated; without `OUTPUTS`, results go to the project's own folder."""
+    kept = {key: value for key, value in os.environ.items() if key != "OUTPUTS" and not key.startswith("PYTEST")}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"} | changes
+
+
+def start(project, *arguments, **changes):
+    """`make study` as a user calls it, but for the set-up of the environment."""
+    command = ["make", "--no-print-directory", "--old-file=setup", "study", "JOBS=2", *arguments]
+    return subprocess.Popen(command, cwd=project, env=environment(**changes), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def make_study(project, *arguments, **changes):
+    process = start(project, *arguments, **changes)
+    try:
+        said, _ = process.communicate(timeout=600)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
+def dry_run(project, *arguments, **changes):
+    """Counts of the jobs that `make study` would run."""
+    def output(command, **options):
+        return subprocess.run(command, cwd=project, env=environment(**changes), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              **options)
+
+    shown = output(["make", "--no-print-directory", "-n", "--old-file=setup", "study", "JOBS=2", *arguments], check=True).stdout
+    command = shown[shown.index("snakemake"):].split("||")[0].replace("\\\n", " ")
+    done = output(f"{command} --dry-run --quiet rules", shell=True)
+    assert done.returncode == 0, done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
+
+
+# ---- one study, from nothing to its tables
+
+
+@pytest.fixture(scope="module")
+def study(project):
+    """Folder of the smoke study, killed in the middle of training and called again; and what the second call said."""
+    process = start(project, "STUDY=smoke")
+    folder, deadline = project / "outputs" / "smoke", time.monotonic() + 200
+    while not list(folder.glob("*/seed0/state/epoch-*.pt")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "tables" / "table1_alignment.csv").exists()
+    status, said = make_study(project, "STUDY=smoke")
+    assert status == 0, said
+    return folder, said
+
+
+def test_every_promised_name_is_on_disk(study):
+    folder, _ = study
+    for name in RUNS:
+        run = folder / name / "seed0"
+        assert {path.name for path in run.iterdir()} >= OF_A_RUN | {f"{lens}.ipynb" for lens in LENSES}
+        record = records.read_json(run / "run.json")
+        assert record["status"] == "finished" and record["run"] == name
+        assert len(pd.read_csv(run / "training.csv")) == record["parameters"]["epochs"] == 2
+        weights = load_file(run / "model.safetensors")
+        assert weights["head.weight"].shape == (len(record["classes"]), 512) and all(tensor.isfinite().all() for tensor in weights.values())
+    assert {path.name for path in (folder / "tables").iterdir()} >= TABLES
+    assert {path.name for path in (folder / "figures").iterdir()} >= FIGURES
+    assert all(path.stat().st_size > 0 for path in folder.rglob("*") if path.is_file() and not path.name.endswith("lock"))
+    assert not [path for path in folder.rglob(".*") if not path.name.endswith(".lock")], "half-written files"
+
+
+def test_records_have_the_promised_columns(study):
+    folder, _ = study
+    films = records.read_table(folder / "tables" / "films.csv").set_index("split")["films"]
+    for name, n_classes in zip(RUNS, (15, 1), strict=True):
+        run = folder / name / "seed0"
+        predictions = records.read_table(run / "predictions.parquet")
+        assert list(predictions) == ["image", "patient", "class", "target", "logit"]
+        assert len(predictions) == n_classes * films["test"] and np.isfinite(predictions["logit"]).all()
+        metrics = records.read_table(run / "metrics.csv")
+        assert set(metrics) >= OF_METRICS
+        assert metrics["class"].nunique() == len(metrics) and "Average" in set(metrics["class"])
+        assert set(records.read_table(run / "cam_alignment.parquet")) >= OF_ALIGNMENT
+        assert list(records.read_table(run / "concepts.parquet")) == ["image", "patient", "disjoint", "unique"]
+
+
+def test_executed_notebooks_are_whole_and_free_of_errors(study):
+    folder, _ = study
+    notebooks = [folder / run / "seed0" / f"{lens}.ipynb" for run in RUNS for lens in LENSES]
+    notebooks += [folder / "00_data.ipynb", folder / "05_figures.ipynb"]
+    for path in notebooks:
+        notebook = nbformat.read(path, as_version=4)
+        assert notebook.metadata.papermill.exception is None, path
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert all(cell.metadata.papermill.status == "completed" for cell in code), path
+        assert not [output for cell in code for output in cell.outputs if output.output_type == "error"], path
+
+
+def test_progress_is_visible(study):
+    _, said = study
+    assert "of 10 steps" in said  # all but 00_data, which the killed call had finished
+    assert "100%" in said and "(100%) done" in said
+    assert "epoch 2/2" in said and "validation AUROC" in said or "already trained" in said
+
+
+def test_a_second_call_does_nothing(study, project):
+    folder, _ = study
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    status, said = make_study(project, "STUDY=smoke")
+    assert status == 0 and "Nothing to be done" in said
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_study_that_runs_already_is_said(project):
+    (project / "outputs").mkdir(exist_ok=True)
+    with open(project / "outputs" / ".smoke.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, said = make_study(project, "STUDY=smoke")
+    assert status != 0 and "being run already" in said and "Building DAG" not in said
+
+
+# ---- what stops it
+
+
+def test_a_failing_notebook_is_kept_and_nothing_is_published(project, tmp_path):
+    status, said = make_study(project, "STUDY=no_films", OUTPUTS=str(tmp_path))
+    assert status != 0 and "/there/is/no/such/folder" in said
+    notebook = nbformat.read(tmp_path / "no_films" / "00_data.ipynb", as_version=4)
+    assert notebook.metadata.papermill.exception is True
+    assert any("/there/is/no/such/folder" in output.get("evalue", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert [path.name for path in (tmp_path / "no_films").rglob("*") if path.is_file()] == ["00_data.ipynb"]
+
+
+def test_a_misspelt_parameter_stops_before_any_work(project, tmp_path):
+    status, said = make_study(project, "STUDY=misspelt", OUTPUTS=str(tmp_path))
+    assert status != 0 and "params/studies/misspelt.yaml: learningrate: no such parameter; did you mean learning_rate?" in said
+    assert "Building DAG" not in said and "Traceback" not in said and not (tmp_path / "misspelt").exists()
+
+
+def test_imagenet_weights_that_cannot_be_had_stop_before_any_work(project, small_phantom, tmp_path):
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    changes = nowhere | {"TORCH_HOME": str(tmp_path / "cache"), "OUTPUTS": str(tmp_path / "outputs"), "no_proxy": ""}
+    arguments = ("STUDY=nih", f"DATA_ROOT={small_phantom}", "RUNS=binary-resnet50-bce")
+    status, said = make_study(project, *arguments, **changes)
+    assert status != 0 and "ImageNet weights of resnet50 could not be downloaded" in said
+    assert "local file" in said and "init: scratch" in said
+    assert not (tmp_path / "outputs" / "nih").exists()
+    assert dry_run(project, *arguments, **changes)["train"] == 1  # looking costs no download
+
+
+# ---- the graph
+
+
+@pytest.mark.parametrize("study, arguments", [
+    ("demo", []), ("nih_sample", ["DATA_ROOT=films"]), ("nih", ["DATA_ROOT=films", "PROFILE=slurm"])])
+def test_a_study_is_sixteen_runs_and_their_notebooks(project, study, arguments, tmp_path):
+    jobs = dry_run(project, f"STUDY={study}", *arguments, OUTPUTS=str(tmp_path))
+    assert jobs.pop("total") == sum(jobs.values())
+    assert jobs.pop("pretext", 0) == (2 if study == "demo" else 0)  # a run on other films, from which each backbone starts
+    assert jobs == {"data": 1, "train": 16, "metrics": 16, "cam_alignment": 16, "dissection": 16, "figures": 1, "all": 1}
+
+
+def test_make_passes_on_what_it_is_given(project):
+    def shown(*arguments):
+        return subprocess.run(["make", "-n", *arguments], cwd=project, env=environment(), capture_output=True, text=True, check=True).stdout
+
+    demo = shown("demo", "GPUS=0")
+    assert "--require-hashes -r requirements.lock" in demo and "study=demo" in demo and "gpu" not in demo
+    study = shown("study", "STUDY=nih", "DATA_ROOT=x", "RUNS=a b", "GPUS=3", "JOBS=5")
+    assert f"data_root='{project}/x'" in study and "runs='a b'" in study and "--cores 5 --resources gpu=3" in study
+    assert "--profile params/profiles/slurm" in shown("study", "PROFILE=slurm") and "--cores" not in shown("study", "PROFILE=slurm")
+    assert "/scratch/films/.demo.lock" in shown("demo", "OUTPUTS=/scratch/films")
