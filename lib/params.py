@@ -53,7 +53,7 @@ class Study(BaseModel):
     init: str = Field("phantom", min_length=1, description="imagenet, phantom (other simulated films first), scratch, or a weights file")
     epochs: int = Field(1, ge=1, description="passes over the training films")
     batch_size: int = Field(16, ge=2, description="films per step, all devices together")
-    learning_rate: float = Field(1e-3, gt=0, description="Adam's, at the start of the cosine")
+    learning_rate: float = Field(1.5e-4, gt=0, description="Adam's, at the start of the cosine")
     weight_decay: float = Field(1e-6, ge=0, description="Adam's L2 term")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up of the learning rate, steps")
     final_learning_rate: float = Field(0.0, ge=0, le=1, description="end of the cosine, as a share of learning_rate")

@@ -41,6 +41,9 @@ def atomic(path):
             os.fsync(written.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, outlives a power cut
+        os.fsync(folder)
+        os.close(folder)
     except Exception as error:
         if _disk_is_full(error, path.parent):
             raise OSError(errno.ENOSPC, f"no space left on the disk while writing {path}; nothing was replaced. Free some space and run again") from error

@@ -66,8 +66,8 @@ def table1(alignment: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame with columns data, task, backbone, loss, metric, value, ci_low, ci_high, n, n_skipped (undefined, left out), seeds, paper: every cell of the table in the
-    paper's order, NaN where there is no run or no published value.
+    DataFrame with columns data, task, backbone, loss, metric, value, ci_low, ci_high, n, n_skipped (undefined, left out), seeds,
+    paper: every cell of the table in the paper's order, NaN where there is no run or no published value.
 
     Raises
     ------
@@ -120,7 +120,9 @@ def caption(table: pd.DataFrame, interval: str) -> str:
         parts.append(f"Mean over {' and '.join(counts)}; {_range(have['seeds'], 'seed', 'seeds')} a run.")
     skipped = have[have["n_skipped"] > 0]
     if len(skipped):
-        parts.append(f"In {len(skipped)} cells up to {int(skipped['n_skipped'].max())} are undefined and left out (an empty map has no IoR).")
+        cells = f"{len(skipped)} cell{'s' if len(skipped) > 1 else ''}"
+        reason = " (an empty map has no IoR)" if number == 1 else ""
+        parts.append(f"In {cells} up to {int(skipped['n_skipped'].max())} are undefined and left out{reason}.")
     parts.append(f"Under each mean its 95 % interval ({interval}), then the value of {_PAPER}, Table {number} (full NIH ChestX-ray14).")
     if have["value"].size < len(table):
         parts.append(f"{MISSING}: no such run.")

@@ -45,6 +45,11 @@ IDENTITY = ("task", "backbone", "loss", "seed", "no_finding_output", "image_size
 RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
 
 
+# The files that decide what training computes. Their digests go on record; an edited comment must not cost a finished run, so a change is
+# only said.
+CODE = ("training.py", "models.py", "losses.py", "data/batches.py")
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped, what is kept and what to do."""
 
@@ -149,7 +154,8 @@ def _fit(run, model, init, device, rank, world):
     labels = release.films[["image", "patient", "split", "labels"]].to_csv(index=False).encode()
     identity = {**{key: getattr(run, key) for key in IDENTITY}, "films": store.fingerprint, "labels": hashlib.sha256(labels).hexdigest()[:16],
                 "initial_weights": init if init in ("scratch", "imagenet") else _digest(init)}
-    record = {"status": "running", "run": run.name, "parameters": run.model_dump(), "identity": identity, "classes": classes,
+    code = {name: _digest(Path(__file__).parent / name) for name in CODE}
+    record = {"status": "running", "run": run.name, "code": code, "parameters": run.model_dump(), "identity": identity, "classes": classes,
               "films": {split: len(index) for split, index in rows.items()}, "n_positive_train": n_positive.tolist(),
               "loss_weights": {"positive": weights.positive.tolist(), "negative": weights.negative.tolist(), "gamma": weights.gamma, "scale": weights.scale},
               "device": device_name(device), "world_size": world, "started": started.isoformat(timespec="seconds"), **environment()}
@@ -174,9 +180,13 @@ def _fit(run, model, init, device, rank, world):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history, best = state["history"], state["best"]
+        now = record
         # What trained the epochs so far stays on record: commit, versions, host, device.
         record = {**state["record"], "resumed": [*state["record"].get("resumed", []), {**environment(), "at": started.isoformat(timespec="seconds")}]}
         _say(rank, f"{run.name} seed {run.seed}: carries on after epoch {state['epoch']} of {run.epochs}")
+        if record["code"] != now["code"]:
+            _say(rank, f"{run.name} seed {run.seed}: these epochs were trained by another version of the training code; they are kept. "
+                       f"To train anew, delete {run.run_folder / 'state'}")
     if rank == 0:
         records.write_json(record, run.run_folder / "run.json")
     replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lib.analysis.inference import Output, stream
-from lib.analysis.lenses import align, box_pairs, concept_records, dissect, pair_cams
+from lib.analysis.lenses import align, box_pairs, concept_records, dissect, pair_cams, with_other_boxes
 from lib.data.batches import Batch
 from tests import reference_cam, reference_dissection, reference_localization
 
@@ -95,8 +95,30 @@ def test_no_pair_at_all(study):
     _, _, films, boxes = study
     pairs = box_pairs(films, boxes.head(0), CLASSES)
     assert len(pairs) == 0
-    table = align(outputs(study), pairs, study[0].head.weight, layer="trunk", image_size=SIZE)
-    assert len(table) == 0 and {"image", "iobb", "ior", "logit"} <= set(table.columns)
+    assert len(with_other_boxes(pairs)) == 0 and "other" in with_other_boxes(pairs)
+    for none in (pairs, with_other_boxes(pairs)):
+        with pytest.raises(ValueError, match="no annotated film: .*BBox_List_2017.csv"):
+            align(outputs(study), none, study[0].head.weight, layer="trunk", image_size=SIZE)
+
+
+def test_other_boxes_are_those_of_the_next_film_of_the_class(study):
+    _, _, films, boxes = study
+    lone = pd.DataFrame([(films["image"].iloc[4], "Hernia", 1.0, 2.0, 9.0, 12.5)], columns=boxes.columns)
+    boxes = pd.concat([boxes[boxes["class"] != "Hernia"], lone])
+    pairs = box_pairs(films, boxes, [*CLASSES, "Hernia"])
+    for given in (pairs, pairs.iloc[3::2], pairs.sample(frac=1, random_state=0)):  # also of a part, and in another order
+        found = with_other_boxes(given)
+        pd.testing.assert_frame_equal(found.drop(columns="other"), given)
+        assert "other" not in given
+        for _, part in found.groupby("class", sort=False):
+            own, other = list(part["boxes"]), list(part["other"])
+            for k in range(len(part)):
+                np.testing.assert_array_equal(other[k], own[(k + 1) % len(own)])
+            moved = [not np.array_equal(a, b) for a, b in zip(own, other, strict=True)]
+            assert all(moved) if len(part) > 1 else not any(moved)
+            assert sorted(box.tolist() for box in own) == sorted(box.tolist() for box in other)  # each film's boxes are used once
+    sizes = pairs["class"].value_counts()
+    assert sizes["Hernia"] == 1 and (sizes[CLASSES] > 2).all()
 
 
 # --- alignment --------------------------------------------------------------------------------------------------------------------------
@@ -107,7 +129,9 @@ def test_alignment_equals_a_loop_over_pairs(study, method, rounding):
     model, images, films, boxes = study
     pairs = box_pairs(films, boxes, CLASSES)
     table = align(outputs(study), pairs, model.head.weight, layer="trunk", image_size=SIZE, method=method, rounding=rounding)
-    assert list(table.columns) == ["image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit"]
+    assert list(table.columns) == ["image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit",
+                                   "layer", "method", "rounding"]
+    assert (table[["layer", "method", "rounding"]] == ["trunk", method, rounding]).all(axis=None)
     assert len(table) == len(pairs)
     position = {image: k for k, image in enumerate(films["image"])}
     head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
@@ -121,10 +145,31 @@ def test_alignment_equals_a_loop_over_pairs(study, method, rounding):
         assert found.n_boxes == len(pair["boxes"]) and found.patient == pair["patient"]
 
 
+@pytest.mark.parametrize(("method", "rounding"), [("cam", "outward"), ("gradpp", "trunc")])
+def test_alignment_with_other_boxes_equals_a_loop_over_pairs(study, method, rounding):
+    model, _, films, boxes = study
+    plain = box_pairs(films, boxes, CLASSES)
+    pairs, options = with_other_boxes(plain), {"layer": "trunk", "image_size": SIZE, "method": method, "rounding": rounding}
+    table = align(outputs(study), pairs, model.head.weight, **options)
+    assert list(table.columns[-5:]) == ["iobb_other", "ior_other", "layer", "method", "rounding"]
+    without = align(outputs(study), plain, model.head.weight, **options)
+    pd.testing.assert_frame_equal(table.drop(columns=["iobb_other", "ior_other"]), without)
+    head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
+    position = {image: k for k, image in enumerate(films["image"])}
+    own = {(image, name): corners for image, name, corners in zip(plain["image"], plain["class"], plain["boxes"], strict=True)}
+    for found in table.itertuples(index=False):
+        order = [image for image, name in own if name == found[2]]  # films of the class, in the order of the pairs
+        after = order[(order.index(found.image) + 1) % len(order)]
+        raw = reference_cam.raw_map(native(study, position[found.image]), head, CLASSES.index(found[2]), method)
+        iobb, ior, *_ = reference_localization.overlap(scaled(raw), own[after, found[2]], SIZE, rounding)
+        np.testing.assert_allclose([found.iobb_other, found.ior_other], [iobb, ior], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(table["iobb"], table["iobb_other"])
+
+
 @pytest.mark.parametrize("size", [1, 4, N])
 def test_alignment_does_not_depend_on_batches_or_order(study, size):
     model, _, films, boxes = study
-    pairs = box_pairs(films, boxes, CLASSES)
+    pairs = with_other_boxes(box_pairs(films, boxes, CLASSES))
     expected = align(outputs(study), pairs, model.head.weight, layer="trunk", image_size=SIZE)
     order = np.random.default_rng(size).permutation(N)
     found = align(outputs(study, size, order), pairs, model.head.weight, layer="trunk", image_size=SIZE)
@@ -157,6 +202,34 @@ def test_a_layer_that_the_head_does_not_pool(study):
         align(outputs(study, layers=["trunk.first"]), pairs, model.head.weight, layer="trunk", image_size=SIZE)
 
 
+def test_maps_that_do_not_give_the_logits_are_refused(study):
+    """A layer as wide as the pooled one, and logits that are not those of these maps."""
+    model, _, films, boxes = study
+    pairs, weights = box_pairs(films, boxes, CLASSES), model.head.weight
+    for wrong in ("trunk.second", "trunk.relu"):
+        assert next(outputs(study, layers=[wrong])).maps[wrong].shape[1] == weights.shape[1]
+    with pytest.raises(ValueError, match="layer trunk.second is not the one that the head pools"):
+        align(outputs(study, layers=["trunk.second"]), pairs, weights, layer="trunk.second", image_size=SIZE)
+    with pytest.raises(ValueError, match="layer trunk.second is not the one that the head pools"):
+        pair_cams(outputs(study, layers=["trunk.second"]), pairs, weights, layer="trunk.second", size=SIZE)
+    expected = align(outputs(study), pairs, weights, layer="trunk", image_size=SIZE)
+    found = align(outputs(study, layers=["trunk.relu"]), pairs, weights, layer="trunk.relu", image_size=SIZE)  # the same maps
+    pd.testing.assert_frame_equal(found.drop(columns="layer"), expected.drop(columns="layer"))
+
+    def shifted(shift):
+        for output in outputs(study, size=N):
+            yield Output(output.rows, output.logits + shift, output.maps)
+
+    bias = torch.tensor([[3.0, -40.0, 0.5]])  # any bias of the head is the same for all films
+    assert len(align(shifted(bias), pairs, weights, layer="trunk", image_size=SIZE)) == len(pairs)
+    one = torch.zeros(N, len(CLASSES))
+    one[N // 2, 1] = 0.5
+    with pytest.raises(ValueError, match="its maps do not give the logits"):
+        align(shifted(one), pairs, weights, layer="trunk", image_size=SIZE)
+    with pytest.raises(ValueError, match="its maps do not give the logits"):
+        align(outputs(study), pairs, weights.flip(0), layer="trunk", image_size=SIZE)
+
+
 # --- maps to look at --------------------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +256,7 @@ def test_pair_cams_of_films_that_never_came(study):
 # --- concepts ---------------------------------------------------------------------------------------------------------------------------
 
 
-def slow_counts(maps, boxes, q, connectivity):
+def slow_counts(maps, boxes, q, connectivity, rounding="outward"):
     """All maps at once: numpy's quantile of each channel, then scipy's components of each enlarged map."""
     n, channels = maps.shape[:2]
     tau = np.quantile(maps.numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(channels, -1), 1 - q, axis=1).astype(np.float32)
@@ -192,7 +265,7 @@ def slow_counts(maps, boxes, q, connectivity):
     structure = np.ones((3, 3)) if connectivity == 8 else None
     counts = np.zeros((n, channels), int)
     for i in range(n):
-        inside = reference_localization.drawn(boxes[i], SIZE)
+        inside = reference_localization.drawn(boxes[i], SIZE, rounding)
         for c in range(channels):
             if tau[c] > low[c] and high[c] > low[c]:
                 labels, _ = scipy.ndimage.label(enlarged[i, c] >= tau[c], structure)
@@ -210,6 +283,19 @@ def test_dissection_equals_holding_all_maps(study, q, connectivity):
     assert not found.thresholds.usable[5] and found.rows.tolist() == study[2].index.tolist()
     np.testing.assert_array_equal(found.counts, expected)
     assert found.counts.sum() > 0 and (found.counts[:, 5] == 0).all()
+
+
+def test_dissection_rounds_the_boxes_as_asked(study):
+    boxes = {row: corners + np.array([0.4, 0.4, 0, 0]) for row, corners in film_boxes(study).items()}
+    maps = torch.cat([output.maps["trunk"] for output in outputs(study, size=N)])
+    options = {"layer": "trunk", "q": 0.1, "image_size": SIZE}
+    found = {rounding: dissect(outputs(study, size=N), boxes, **options, rounding=rounding).counts for rounding in ("outward", "trunc")}
+    for rounding, counts in found.items():
+        np.testing.assert_array_equal(counts, slow_counts(maps, list(boxes.values()), 0.1, 8, rounding)[0])
+    np.testing.assert_array_equal(found["outward"], dissect(outputs(study, size=N), boxes, **options).counts)
+    assert (found["outward"] >= found["trunc"]).all() and (found["outward"] > found["trunc"]).any()
+    with pytest.raises(ValueError, match="rounding must be 'outward' or 'trunc', got 'up'"):
+        dissect(outputs(study, size=N), boxes, **options, rounding="up")
 
 
 @pytest.mark.parametrize("resolution", ["image", "native"])
@@ -239,7 +325,7 @@ def test_films_without_boxes_are_passed_over(study):
 
 
 def test_dissection_refuses_what_it_cannot_count(study):
-    with pytest.raises(ValueError, match="at least one film"):
+    with pytest.raises(ValueError, match="no annotated film: .*BBox_List_2017.csv"):
         dissect(outputs(study), {}, layer="trunk", q=0.05, image_size=SIZE)
     with pytest.raises(ValueError, match="announced"):
         dissect(outputs(study), {**film_boxes(study), 12345: np.zeros((1, 4))}, layer="trunk", q=0.05, image_size=SIZE)

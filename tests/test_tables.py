@@ -38,11 +38,34 @@ def test_published_tables_are_complete(number, metrics):
 
 def test_table_keeps_the_papers_order_and_values():
     table = tables.table1(paper_as_results(1).sample(frac=1, random_state=0), data_label=PHANTOM)
-    assert list(table.columns) == ["data", "task", "backbone", "loss", "metric", "value", "ci_low", "ci_high", "n", "seeds", "paper"]
+    assert list(table.columns) == ["data", "task", "backbone", "loss", "metric", "value", "ci_low", "ci_high", "n", "n_skipped", "seeds",
+                                   "paper"]
     assert len(table) == 32 and (table["data"] == PHANTOM).all()
     assert np.array_equal(table["value"], table["paper"])
     first = table.iloc[0]
     assert first[["task", "backbone", "loss", "metric", "paper"]].tolist() == ["multilabel", "tdensenet", "bce", "iobb", 0.2105]
+    assert (table["n_skipped"] == 0).all() and (table["seeds"] == 1).all() and (table["n"] == 166).all()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_skipped_records_are_kept_and_said(number):
+    make = (tables.table1, tables.table2)[number - 1]
+    results = paper_as_results(number).assign(n_skipped=0)
+    results.loc[[0, 5, 30], "n_skipped"] = [3, 1, 12]
+    results.loc[[0, 5, 30], "n"] = [163, 165, 154]
+    shuffled = results.sample(frac=1, random_state=1)
+    table = make(shuffled, data_label=PHANTOM)
+    key = ["task", "backbone", "loss", "metric"]
+    merged = table.merge(results, on=key, suffixes=("", "_given"), validate="1:1")
+    assert len(merged) == 32 and (merged["n_skipped"] == merged["n_skipped_given"]).all() and (merged["n"] == merged["n_given"]).all()
+    said = "In 3 cells up to 12 are undefined and left out"
+    for text in (tables.caption(table, INTERVAL), tables.to_markdown(table, interval=INTERVAL), tables.to_latex(table, interval=INTERVAL)):
+        assert said in text and "154 to 166" in text
+    assert latex_problems(tables.to_latex(table, interval=INTERVAL)) == []
+    for none in (results.assign(n_skipped=0), results.drop(columns="n_skipped")):
+        assert "undefined" not in tables.caption(make(none, data_label=PHANTOM), INTERVAL)
+    some = make(results.drop(index=[30]), data_label=PHANTOM)  # a run that is not there skips nothing, and is not counted
+    assert some["n_skipped"].isna().sum() == 1 and "In 2 cells up to 3 are undefined" in tables.caption(some, INTERVAL)
 
 
 def test_missing_runs_are_dashes_in_every_form():

@@ -233,7 +233,7 @@ def test_changed_labels_start_over(new_run, small_phantom, monkeypatch, tmp_path
     release = shutil.copytree(small_phantom, tmp_path / "release")  # the films are the same, so the store stands
     table = release / "Data_Entry_2017.csv"
     table.write_text(table.read_text().replace(",No Finding,", ",Edema,", 1))
-    run = new_run(data_root=str(release), epochs=3)
+    run = new_run(data_root=str(release))
     interrupt(run, monkeypatch, after=1)
     assert "labels: " in (said := capsys.readouterr().out) and "starts over" in said
 

@@ -130,7 +130,7 @@ def typical_pairs(alignment, *, per_class=1):
 def prediction_arrays(predictions):
     """Logits (N, M), targets (N, M), classes and patients (N,) of one run's predictions; several seeds become their mean probability's logit."""
     classes = list(dict.fromkeys(predictions["class"]))
-    if predictions["seed"].nunique() > 1 if "seed" in predictions else False:
+    if "seed" in predictions and predictions["seed"].nunique() > 1:
         mean = predictions.assign(p=expit(predictions["logit"].astype(np.float64)))
         mean = mean.groupby(["image", "patient", "class", "target"], sort=False, as_index=False)["p"].mean()
         p = mean["p"].clip(1e-300, 1 - 1e-16)

@@ -199,7 +199,7 @@ def _assign_lists(root: Path, films: pd.DataFrame, entry_file: Path, on_missing:
     if unknown and on_missing == "error":
         raise ReleaseError(
             f"{len(unknown)} films of train_val_list.txt and test_list.txt have no row in {entry_file}: {some(unknown)}. "
-            "Take lists and csv from the same release, or read it with on_missing='skip' to go on without these films."
+            "Take lists and csv from the same release, or set skip_bad_films: true (on_missing='skip') to go on without these films."
         )
     problems += [("listed film without a row", name, f"not in {entry_file.name}: left out") for name in unknown]
     split = films["image"].map(listed).fillna("").astype("str")
@@ -232,7 +232,7 @@ def _locate(root: Path, films: pd.DataFrame, on_missing: str, problems: list) ->
         raise ReleaseError(
             f"{len(missing)} of {len(films)} films are missing from {some([f.relative_to(root).as_posix() for f in folders], 12)} "
             f"under {root}: {some(missing)}. "
-            "Complete the download, or read the release with on_missing='skip' to go on without these films."
+            "Complete the download, or set skip_bad_films: true (on_missing='skip') to go on without these films."
         )
     problems += [("film missing", name, "no such file: left out") for name in missing]
     return located.dropna(subset="path").astype({"path": "str"})

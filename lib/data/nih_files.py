@@ -213,7 +213,7 @@ def read_boxes(path: Path, films: pd.DataFrame, known: set[str], on_missing: str
         if fault is None and (x >= BOX_PIXELS or y >= BOX_PIXELS or x + w <= 0 or y + h <= 0):
             fault = f"{box} lies outside its film (boxes are in pixels of the 1024 x 1024 release)"
         if fault is None and image not in known and on_missing == "error":
-            fault = f"{image} is not in Data_Entry (on_missing='skip' goes on without its boxes)"
+            fault = f"{image} is not in Data_Entry (skip_bad_films: true, that is on_missing='skip', goes on without its boxes)"
         if fault:
             faults.append(f"row {number}: {fault}")
             continue

@@ -187,7 +187,7 @@ def _unreadable_message(unreadable: list[dict], n_films: int) -> str:
     more = f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
     return (
         f"{len(unreadable)} of {n_films} films are unreadable: {listed}{more}. Replace these files and open the store again, "
-        "or go on without them with on_unreadable='skip'."
+        "or set skip_bad_films: true (on_unreadable='skip') to go on without them."
     )
 
 
