@@ -78,7 +78,7 @@ def test_drawn_films_have_nihs_marginals_within_sampling_error():
 def test_enrichment_lifts_rare_findings_and_keeps_the_imbalance():
     rng = np.random.default_rng(1)
     before = phantom._draw_films(3000, rng)
-    after = phantom._enrich(before, rng)
+    after = phantom._enrich(before, phantom.FLOOR, rng)
     for _, split in after.groupby("test"):
         share = split["findings"].explode().value_counts() / len(split)
         assert (share.reindex(FINDINGS) >= phantom.FLOOR).all()
