@@ -101,24 +101,26 @@ def test_no_pair_at_all(study):
             align(outputs(study), none, study[0].head.weight, layer="trunk", image_size=SIZE)
 
 
-def test_other_boxes_are_those_of_the_next_film_of_the_class(study):
+def test_other_boxes_are_those_of_another_patient_of_the_class(study):
     _, _, films, boxes = study
     lone = pd.DataFrame([(films["image"].iloc[4], "Hernia", 1.0, 2.0, 9.0, 12.5)], columns=boxes.columns)
     boxes = pd.concat([boxes[boxes["class"] != "Hernia"], lone])
-    pairs = box_pairs(films, boxes, [*CLASSES, "Hernia"])
+    pairs, checked = box_pairs(films, boxes, [*CLASSES, "Hernia"]), 0
     for given in (pairs, pairs.iloc[3::2], pairs.sample(frac=1, random_state=0)):  # also of a part, and in another order
         found = with_other_boxes(given)
         pd.testing.assert_frame_equal(found.drop(columns="other"), given)
         assert "other" not in given
         for _, part in found.groupby("class", sort=False):
             own, other = list(part["boxes"]), list(part["other"])
-            for k in range(len(part)):
-                np.testing.assert_array_equal(other[k], own[(k + 1) % len(own)])
             moved = [not np.array_equal(a, b) for a, b in zip(own, other, strict=True)]
-            assert all(moved) if len(part) > 1 else not any(moved)
+            assert all(moved) if part["patient"].nunique() > 1 else not any(moved)
+            owner = {boxes.tobytes(): patient for boxes, patient in zip(own, part["patient"], strict=True)}
+            if len(part) >= 2 * part["patient"].value_counts().max():
+                assert all(owner[boxes.tobytes()] != patient for boxes, patient in zip(other, part["patient"], strict=True))
+                checked += 1
             assert sorted(box.tolist() for box in own) == sorted(box.tolist() for box in other)  # each film's boxes are used once
     sizes = pairs["class"].value_counts()
-    assert sizes["Hernia"] == 1 and (sizes[CLASSES] > 2).all()
+    assert sizes["Hernia"] == 1 and (sizes[CLASSES] > 2).all() and checked >= 4
 
 
 # --- alignment --------------------------------------------------------------------------------------------------------------------------
@@ -156,12 +158,10 @@ def test_alignment_with_other_boxes_equals_a_loop_over_pairs(study, method, roun
     pd.testing.assert_frame_equal(table.drop(columns=["iobb_other", "ior_other"]), without)
     head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
     position = {image: k for k, image in enumerate(films["image"])}
-    own = {(image, name): corners for image, name, corners in zip(plain["image"], plain["class"], plain["boxes"], strict=True)}
+    other = {(image, name): corners for image, name, corners in zip(pairs["image"], pairs["class"], pairs["other"], strict=True)}
     for found in table.itertuples(index=False):
-        order = [image for image, name in own if name == found[2]]  # films of the class, in the order of the pairs
-        after = order[(order.index(found.image) + 1) % len(order)]
         raw = reference_cam.raw_map(native(study, position[found.image]), head, CLASSES.index(found[2]), method)
-        iobb, ior, *_ = reference_localization.overlap(scaled(raw), own[after, found[2]], SIZE, rounding)
+        iobb, ior, *_ = reference_localization.overlap(scaled(raw), other[found.image, found[2]], SIZE, rounding)
         np.testing.assert_allclose([found.iobb_other, found.ior_other], [iobb, ior], rtol=1e-4, atol=1e-6)
     assert not np.allclose(table["iobb"], table["iobb_other"])
 

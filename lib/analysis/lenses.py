@@ -44,13 +44,16 @@ def box_pairs(films: pd.DataFrame, boxes: pd.DataFrame, classes: list[str]) -> p
 
 
 def with_other_boxes(pairs: pd.DataFrame) -> pd.DataFrame:
-    """`pairs` with a column `other`: the boxes of the next film of the same class, cyclically.
+    """`pairs` with a column `other`: the boxes of another film of the same class, of another patient where the class allows it.
 
-    A map that goes by anatomy alone fits them as well as its own. A class with one film keeps its own, and so shows no difference.
+    A map that goes by anatomy alone fits them as well as its own. Each class is turned by as many places as its busiest patient has films
+    (a patient's films lie together), so every set of boxes is used once. A class of one patient keeps its own, and so shows no difference.
     """
     other = pairs["boxes"].copy()
     for index in pairs.groupby("class").groups.values():
-        for here, there in zip(index, np.roll(index, -1)):
+        patients = pairs.loc[index, "patient"]
+        order = index[np.argsort(patients.to_numpy(), kind="stable")]
+        for here, there in zip(order, np.roll(order, -patients.value_counts().max())):
             other.at[here] = pairs["boxes"].at[there]
     return pairs.assign(other=other)
 
