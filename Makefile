@@ -11,10 +11,9 @@ GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)
 export OUTPUTS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
-export SNAKEMAKE_OUTPUT_CACHE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lab bench lock check clean-outputs
+.PHONY: help setup demo study test lab bench lock
 
 help:
 	@sed -n '2,4p' Makefile | cut -c3-

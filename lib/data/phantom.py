@@ -23,10 +23,10 @@ import numpy as np
 import pandas as pd
 
 from lib.data.anatomy import draw_anatomy
+from lib.data.nih_files import BOX_PIXELS, NO_FINDING
 from lib.data.signs import SIGNS, render_film
 
 FINDINGS = tuple(SIGNS)
-NO_FINDING = "No Finding"
 # Films of the 112,120 that carry no finding, exactly this finding, exactly this pair, this finding at all, and this many findings.
 NORMAL = 60361
 SINGLE = {
@@ -67,7 +67,6 @@ TOTAL |= {"Infiltration": 19894, "Mass": 5782, "Nodule": 6331, "Pleural_Thickeni
 SIZES = {2: 14306, 3: 4856, 4: 1247, 5: 387}
 
 BOXED = {"Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax"}
-BOX_PIXELS = 1024  # boxes are in pixels of the full-size release, whatever the film's size
 FILMS_PER_PATIENT = 3.6
 STAY = 0.3  # a follow-up film repeats the label set of the film before it
 FLOOR = 0.035
