@@ -27,7 +27,7 @@ RUN_OF_STUDY = STUDY + " -f {input.run} -p seed {wildcards.seed}"
 ALL_RUNS = STUDY + (f" -y 'runs: [{', '.join(study.runs)}]'" if "runs" in overrides else "")
 CORE = ["lib/params.py", "lib/records.py", *sorted(glob.glob("lib/data/*.py"))]
 MODELS = [*CORE, "lib/models.py", "lib/losses.py", "lib/training.py", "lib/devices.py"]
-LENSES = [*MODELS, "lib/figures.py", "lib/tables.py", *sorted(glob.glob("lib/analysis/*.py"))]
+LENSES = [*MODELS, *sorted(glob.glob("lib/figures/*.py")), *sorted(glob.glob("lib/tables/*.py")), *sorted(glob.glob("lib/analysis/*.py"))]
 SOURCES = [
     path
     for pattern in ("Data_Entry_2017*.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt")
@@ -74,7 +74,7 @@ rule data:
         notebook="notebooks/00_data.ipynb",
         study=f"params/studies/{study.study}.yaml",
         sources=SOURCES,
-        modules=[*CORE, "lib/figures.py", "lib/analysis/lenses.py"],
+        modules=[*CORE, *sorted(glob.glob("lib/figures/*.py")), "lib/analysis/lenses.py"],
     output:
         f"{OUT}/tables/films.csv",
         f"{OUT}/tables/problems.csv",
@@ -116,7 +116,7 @@ rule train:
         notebook="notebooks/01_train.ipynb",
         study=f"params/studies/{study.study}.yaml",
         run="params/runs/{run}.yaml",
-        modules=[*MODELS, "lib/figures.py"],
+        modules=[*MODELS, *sorted(glob.glob("lib/figures/*.py"))],
     output:
         f"{RUN}/model.safetensors",
         f"{RUN}/model_last.safetensors",

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lib import figures
+from lib.figures import style
 from lib.tables import BACKBONES, LOSSES
 
 LABEL = "Simulated phantom films, not patients"
@@ -23,7 +24,7 @@ def drawn(figure: Figure) -> set[str]:
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     assert min(text.get_fontsize() for text in texts) >= 7
-    assert figure.get_figwidth() <= figures.WIDTH
+    assert figure.get_figwidth() <= style.WIDTH
     ticks = {label for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for label in axis.get_ticklabels(which="both")}
     for text in texts:
         if text not in ticks:

@@ -14,13 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-TASKS = {"multilabel": "Multi-label", "binary": "Binary"}
-BACKBONES = {"tdensenet": "T-DenseNet", "resnet50": "ResNet50"}
-LOSSES = {"bce": "BCE", "wbce": "WBCE", "focal": "Focal", "cb_focal": "CB-Focal"}
-METRICS = {"auroc": "AUROC", "ap": "AP", "mean_probability": "Mean probability",
-           "iobb": "IoBB", "ior": "IoR", "disjoint": "Disjoint", "unique": "Unique"}
+from lib.tables.names import BACKBONES, LOSSES, MISSING, TASKS, display, ordered
+
 BASELINE = "bce"
-MISSING = "—"
 
 _KEY = ["task", "backbone", "loss", "metric"]
 _PAPER = "Khakzar et al."
@@ -38,22 +34,9 @@ _CLAIMS = (  # statement, metric, claimed change against BCE
 )
 
 
-def display(name: str) -> str:
-    """The name to print for a task, backbone, loss or metric id; an unknown id is printed as it is."""
-    for names in (TASKS, BACKBONES, LOSSES, METRICS):
-        if name in names:
-            return names[name]
-    return name
-
-
-def ordered(known: dict[str, str], present: pd.Series) -> list[str]:
-    """The paper's ids in the paper's order, then whatever else is present in order of appearance."""
-    return list(known) + [str(name) for name in present.unique() if name not in known]
-
-
 def read_published(number: int) -> pd.DataFrame:
     """Table 1 or 2 as Khakzar et al. print it: columns task, backbone, loss, metric, value (16 runs x 2 metrics)."""
-    return pd.read_csv(Path(__file__).parent / "published" / _TABLES[number]["file"])
+    return pd.read_csv(Path(__file__).parents[1] / "published" / _TABLES[number]["file"])
 
 
 def table1(alignment: pd.DataFrame, *, data_label: str) -> pd.DataFrame:

@@ -1,0 +1,18 @@
+"""The papers' tables in the papers' own arrangement, ours beside theirs: tidy frames in, frames and text out, no file written."""
+from lib.tables.khakzar import (
+    BASELINE,
+    caption,
+    differences_to_bce,
+    long_metrics,
+    read_published,
+    statement_sentences,
+    statements,
+    table1,
+    table2,
+    to_latex,
+    to_markdown,
+)
+from lib.tables.names import BACKBONES, LOSSES, METRICS, MISSING, TASKS, display, ordered
+
+__all__ = ["BACKBONES", "BASELINE", "LOSSES", "METRICS", "MISSING", "TASKS", "caption", "differences_to_bce", "display", "long_metrics", "ordered",
+           "read_published", "statement_sentences", "statements", "table1", "table2", "to_latex", "to_markdown"]

@@ -1,0 +1,22 @@
+"""The names that tables and figures print, and their order."""
+import pandas as pd
+
+TASKS = {"multilabel": "Multi-label", "binary": "Binary"}
+BACKBONES = {"tdensenet": "T-DenseNet", "resnet50": "ResNet50"}
+LOSSES = {"bce": "BCE", "wbce": "WBCE", "focal": "Focal", "cb_focal": "CB-Focal"}
+METRICS = {"auroc": "AUROC", "ap": "AP", "mean_probability": "Mean probability",
+           "iobb": "IoBB", "ior": "IoR", "disjoint": "Disjoint", "unique": "Unique"}
+MISSING = "—"
+
+
+def display(name: str) -> str:
+    """The name to print for a task, backbone, loss or metric id; an unknown id is printed as it is."""
+    for names in (TASKS, BACKBONES, LOSSES, METRICS):
+        if name in names:
+            return names[name]
+    return name
+
+
+def ordered(known: dict[str, str], present: pd.Series) -> list[str]:
+    """The paper's ids in the paper's order, then whatever else is present in order of appearance."""
+    return list(known) + [str(name) for name in present.unique() if name not in known]
