@@ -13,28 +13,41 @@ try:
     overrides = {key: config[key] for key in ("data_root", "runs") if key in config}
     if "runs" in overrides:
         overrides["runs"] = overrides["runs"].split()
-    study = load_study(config.get("study", "demo"), **overrides)
+    main = load_study(config.get("study", "demo"), **overrides)
+    STUDIES = {study.study: study for study in (main, *(load_study(name) for name in main.companions if "runs" not in overrides))}
 except ParameterError as error:
     sys.exit(str(error))
 
 OUTPUTS = os.environ.get("OUTPUTS") or "outputs"
-OUT = f"{OUTPUTS}/{study.study}"
+OUT = f"{OUTPUTS}/{{study}}"
 RUN = f"{OUT}/{{run}}/seed{{seed}}"
-OVERRIDES = f" -p data_root '{study.data_root}'" if "data_root" in overrides else ""
-STUDY = f" -f {{input.study}}{OVERRIDES}"
-RUN_OF_STUDY = STUDY + " -f {input.run} -p seed {wildcards.seed}"
-# Notebooks that look at the whole study are told which runs are part of it.
-ALL_RUNS = STUDY + (f" -y 'runs: [{', '.join(study.runs)}]'" if "runs" in overrides else "")
 CORE = ["lib/params.py", "lib/records.py", *sorted(glob.glob("lib/data/*.py"))]
+FIGURES = sorted(glob.glob("lib/figures/*.py") + glob.glob("lib/tables/*.py"))
 MODELS = [*CORE, "lib/models.py", "lib/losses.py", "lib/training.py", "lib/devices.py"]
-LENSES = [*MODELS, *sorted(glob.glob("lib/figures/*.py")), *sorted(glob.glob("lib/tables/*.py")), *sorted(glob.glob("lib/analysis/*.py"))]
-SOURCES = [
-    path
-    for pattern in ("Data_Entry_2017*.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt")
-    for path in sorted(glob.glob(f"{study.data_root}/{pattern}"))
-    if study.release == "nih"
-]
-PRETEXT = f"{OUTPUTS}/pretext_{study.image_size}px/multilabel-{{backbone}}-bce/seed0"
+LENSES = [*MODELS, *FIGURES, *sorted(glob.glob("lib/analysis/*.py"))]
+PRETEXT = f"{OUTPUTS}/pretext_{{size}}px/multilabel-{{backbone}}-bce/seed0"
+
+
+def own_keys(wildcards):
+    """What the command line says of the main study, for papermill: its data root, and which of its runs are part of it."""
+    said = overrides if wildcards.study == main.study else {}
+    root = f" -p data_root '{said['data_root']}'" if "data_root" in said else ""
+    lists = {key: ", ".join(getattr(main, key)) for key in ("runs", "attribution", "features")} if "runs" in said else {}
+    return root + "".join(f" -y '{key}: [{names}]'" for key, names in lists.items())
+
+
+def sources(wildcards):
+    """The lists of a real release, so that films are read again where one has changed."""
+    study = STUDIES[wildcards.study]
+    patterns = {
+        "nih": ("Data_Entry_2017*.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt"),
+        "rsna": ("stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"),
+    }
+    return [path for pattern in patterns.get(study.release, ()) for path in sorted(glob.glob(f"{study.data_root}/{pattern}"))]
+
+
+STUDY = " -f {input.study}{params.own_keys}"
+RUN_OF_STUDY = STUDY + " -f {input.run} -p seed {wildcards.seed}"
 
 # OMP_NUM_THREADS keeps jobs that run side by side from fighting over cores. A busy machine may start a kernel slowly.
 PAPERMILL = "OMP_NUM_THREADS={threads} papermill {input.notebook} {log} -k python3 --no-progress-bar --log-level ERROR --stdout-file - --start-timeout 300"
@@ -47,7 +60,8 @@ onstart:
     from lib.models import build_model
 
     socket.setdefaulttimeout(60)
-    runs = {(run.backbone, run.init, run.cam_layer, run.dissection_layer) for run in (study.run(name, 0) for name in study.runs)}
+    every = (study.run(name, 0) for study in STUDIES.values() for name in study.runs)
+    runs = {(run.backbone, run.init, run.cam_layer, run.dissection_layer) for run in every}
     for backbone, init, *layers in sorted(runs):
         if init not in ("scratch", "phantom") or any(layers):
             try:
@@ -60,29 +74,44 @@ onstart:
 
 
 wildcard_constraints:
+    study="[^/]+",
     run="[^/]+",
+    size=r"\d+",
     seed=r"\d+",
+
+
+def products(study):
+    """The last files of a study, on which all others hang."""
+    runs = lambda names, file: expand(RUN + "/" + file, study=study.study, run=names, seed=study.seeds)
+    made = runs(study.attribution, "attribution.parquet") + runs(study.features, "importance.parquet")
+    if study.comparison:
+        made.append(f"{OUTPUTS}/{study.study}/tables/table1_alignment.csv")
+    if study.release.endswith("rsna"):
+        made.append(f"{OUTPUTS}/{study.study}/tables/intention.csv")
+    return made
 
 
 rule all:
     input:
-        f"{OUT}/tables/table1_alignment.csv",
+        [products(study) for study in STUDIES.values()],
 
 
 rule data:
     input:
+        sources,
         notebook="notebooks/00_data.ipynb",
-        study=f"params/studies/{study.study}.yaml",
-        sources=SOURCES,
-        modules=[*CORE, *sorted(glob.glob("lib/figures/*.py")), "lib/analysis/lenses.py"],
+        study="params/studies/{study}.yaml",
+        modules=[*CORE, *FIGURES, "lib/analysis/lenses.py"],
     output:
         f"{OUT}/tables/films.csv",
         f"{OUT}/tables/problems.csv",
     log:
         f"{OUT}/00_data.ipynb",
+    params:
+        own_keys=own_keys,
     threads: 1
     shell:
-        PAPERMILL + ALL_RUNS + QUIETLY
+        PAPERMILL + STUDY + QUIETLY
 
 
 rule pretext:
@@ -98,14 +127,17 @@ rule pretext:
     threads: 1
     resources:
         gpu=1,
+    params:
+        # The same for every study of one image size: a pretext is trained once.
+        device=f" -p device {main.device} -p precision {main.precision}",
     shell:
         PAPERMILL + " -f {input.study} -p task multilabel -p backbone {wildcards.backbone} -p loss bce -p seed 0"
-        f" -p study pretext_{study.image_size}px -p image_size {study.image_size} -p device {study.device} -p precision {study.precision}" + QUIETLY
+        " -p study pretext_{wildcards.size}px -p image_size {wildcards.size}{params.device}" + QUIETLY
 
 
 def initial_weights(wildcards):
-    run = study.run(wildcards.run, 0)
-    return f"{PRETEXT}/model.safetensors".format(backbone=run.backbone) if run.init == "phantom" else []
+    run = STUDIES[wildcards.study].run(wildcards.run, 0)
+    return f"{PRETEXT}/model.safetensors".format(size=run.image_size, backbone=run.backbone) if run.init == "phantom" else []
 
 
 rule train:
@@ -114,9 +146,9 @@ rule train:
         initial_weights,
         data=f"{OUT}/tables/films.csv",
         notebook="notebooks/01_train.ipynb",
-        study=f"params/studies/{study.study}.yaml",
+        study="params/studies/{study}.yaml",
         run="params/runs/{run}.yaml",
-        modules=[*MODELS, *sorted(glob.glob("lib/figures/*.py"))],
+        modules=[*MODELS, *FIGURES],
     output:
         f"{RUN}/model.safetensors",
         f"{RUN}/model_last.safetensors",
@@ -124,9 +156,11 @@ rule train:
         f"{RUN}/training.csv",
     log:
         f"{RUN}/01_train.ipynb",
+    params:
+        own_keys=own_keys,
     threads: 1
     resources:
-        gpu=study.gpus,
+        gpu=lambda wildcards: STUDIES[wildcards.study].gpus,
     shell:
         PAPERMILL + RUN_OF_STUDY + QUIETLY
 
@@ -136,7 +170,7 @@ def lens(notebook):
     return dict(
         model=f"{RUN}/model.safetensors",
         notebook=f"notebooks/{notebook}.ipynb",
-        study=f"params/studies/{study.study}.yaml",
+        study="params/studies/{study}.yaml",
         run="params/runs/{run}.yaml",
         modules=LENSES,
     )
@@ -150,6 +184,8 @@ rule metrics:
         f"{RUN}/metrics.csv",
     log:
         f"{RUN}/02_metrics.ipynb",
+    params:
+        own_keys=own_keys,
     threads: 1
     resources:
         gpu=1,
@@ -164,6 +200,8 @@ rule cam_alignment:
         f"{RUN}/cam_alignment.parquet",
     log:
         f"{RUN}/03_cam_alignment.ipynb",
+    params:
+        own_keys=own_keys,
     threads: 1
     resources:
         gpu=1,
@@ -178,6 +216,8 @@ rule dissection:
         f"{RUN}/concepts.parquet",
     log:
         f"{RUN}/04_dissection.ipynb",
+    params:
+        own_keys=own_keys,
     threads: 1
     resources:
         gpu=1,
@@ -185,27 +225,87 @@ rule dissection:
         PAPERMILL + RUN_OF_STUDY + QUIETLY
 
 
-FIG1 = {"multilabel": "fig1a_cams_multilabel", "binary": "fig1b_cams_binary"}
+rule attribution:
+    input:
+        **lens("06_attribution"),
+    output:
+        f"{RUN}/attribution.parquet",
+    log:
+        f"{RUN}/06_attribution.ipynb",
+    params:
+        own_keys=own_keys,
+    threads: 1
+    resources:
+        gpu=1,
+    shell:
+        PAPERMILL + RUN_OF_STUDY + QUIETLY
 
 
+def siblings(wildcards):
+    """Models of the same task and backbone, trained with the other losses: 07 compares them."""
+    study = STUDIES[wildcards.study]
+    stem = wildcards.run.rpartition("-")[0]
+    return expand(f"{RUN}/model.safetensors", study=study.study, run=[run for run in study.runs if run.rpartition("-")[0] == stem], seed=wildcards.seed)
+
+
+rule features:
+    input:
+        siblings,
+        **lens("07_feature_analysis"),
+    output:
+        f"{RUN}/importance.parquet",
+    log:
+        f"{RUN}/07_feature_analysis.ipynb",
+    params:
+        own_keys=own_keys,
+    threads: 1
+    resources:
+        gpu=1,
+    shell:
+        PAPERMILL + RUN_OF_STUDY + QUIETLY
+
+
+def files_of_runs(*names):
+    """A function of the wildcards: the named files of every run of a study."""
+    return lambda wildcards: expand(
+        f"{RUN}/{{file}}", study=wildcards.study, run=STUDIES[wildcards.study].runs, seed=STUDIES[wildcards.study].seeds, file=names
+    )
+
+
+rule intention:
+    input:
+        files_of_runs("model.safetensors"),
+        notebook="notebooks/08_intention.ipynb",
+        study="params/studies/{study}.yaml",
+        modules=LENSES,
+    output:
+        f"{OUT}/tables/intention.csv",
+    log:
+        f"{OUT}/08_intention.ipynb",
+    params:
+        own_keys=own_keys,
+    threads: 1
+    resources:
+        gpu=1,
+    shell:
+        PAPERMILL + STUDY + QUIETLY
+
+
+# Which of Figures 1a and 1b there are depends on the tasks of a study, so they are not declared.
 rule figures:
     input:
-        runs=expand(
-            f"{RUN}/{{file}}",
-            run=study.runs,
-            seed=study.seeds,
-            file=["model.safetensors", "predictions.parquet", "metrics.csv", "cam_alignment.parquet", "concepts.parquet"],
-        ),
+        files_of_runs("model.safetensors", "predictions.parquet", "metrics.csv", "cam_alignment.parquet", "concepts.parquet"),
         notebook="notebooks/05_figures.ipynb",
-        study=f"params/studies/{study.study}.yaml",
+        study="params/studies/{study}.yaml",
         modules=LENSES,
     output:
         multiext(f"{OUT}/tables/table1_alignment", ".csv", ".md", ".tex"),
         multiext(f"{OUT}/tables/table2_concepts", ".csv", ".md", ".tex"),
-        [f"{OUT}/figures/{FIG1[task]}{suffix}" for task in sorted({study.run(run, 0).task for run in study.runs}) for suffix in (".png", ".pdf")],
         multiext(f"{OUT}/figures/fig2_performance", ".png", ".pdf"),
     log:
         f"{OUT}/05_figures.ipynb",
+    params:
+        own_keys=own_keys,
     threads: 16  # cut to what --cores allows
     shell:
-        PAPERMILL + ALL_RUNS + QUIETLY
+        PAPERMILL + STUDY + QUIETLY

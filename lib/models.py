@@ -21,19 +21,27 @@ class Classifier(nn.Module):
     def __init__(self, trunk, n_features, n_outputs):
         super().__init__()
         self.trunk = trunk
+        self.pool = nn.AdaptiveAvgPool2d(1)  # a module: relevance is propagated through modules
         self.head = nn.Linear(n_features, n_outputs)
 
     def forward(self, films):
         """Logits (B, M) of films (B, 3, S, S), float32, normalised with ImageNet's mean and standard deviation."""
-        return self.head(self.trunk(films).mean((2, 3)))
+        return self.head(self.pool(self.trunk(films)).flatten(1))
 
 
-# Module read by CAM, module read by dissection, and dissection's q. T-DenseNet's last ReLU is a module of its own, so that a hook
+# Module read by CAM, module read by dissection, and dissection's q. A DenseNet's last ReLU is a module of its own, so that a hook
 # sees the rectified maps: torchvision's norm5 is a plain BatchNorm whose ReLU lives in forward.
 LAYERS = {
     "tdensenet": ("trunk.relu5", "trunk.relu5", 0.01),
     "resnet50": ("trunk.layer4.2", "trunk.layer3.5", 0.04),
+    "densenet121": ("trunk.relu5", "trunk.relu5", 0.04),
+    "vgg16": ("trunk.29", "trunk.29", 0.04),
+    "small_cnn": ("trunk.8", "trunk.8", 0.04),
+    "small_transformer": ("trunk.maps", "trunk.maps", 0.04),
 }
+# The order of the public CheXNet checkpoint's outputs, which is not alphabetical.
+CHEXNET_CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema",
+                   "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
 
 
 def layers(backbone):
@@ -47,7 +55,9 @@ def build_model(backbone, n_outputs, init="scratch", seed=0):
     Parameters
     ----------
     backbone : str
-        'tdensenet' (DenseNet121 cut after its second dense block), 'resnet50', or the timm name of a convolutional model.
+        'tdensenet' (DenseNet121 cut after its second dense block), 'resnet50', 'densenet121', 'vgg16' (its convolutions; pooling and one
+        linear layer replace the three dense ones, as Zhou et al. do for CAM), 'small_cnn' and 'small_transformer' (for films of 32 px, such
+        as digits), or the timm name of a convolutional model.
     n_outputs : int
         Logits M.
     init : str
@@ -84,12 +94,22 @@ def _trunk(backbone, pretrained):
             # Residual branches that start at zero let a net this deep learn from its first steps; pretrained weights overwrite them.
             network = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2 if pretrained else None, zero_init_residual=True)
             return nn.Sequential(OrderedDict(list(network.named_children())[:-2])), 2048
-        if backbone == "tdensenet":
+        if backbone in ("tdensenet", "densenet121"):
             from torchvision.models import DenseNet121_Weights, densenet121
             features = densenet121(weights=DenseNet121_Weights.IMAGENET1K_V1 if pretrained else None).features
-            stages = OrderedDict(list(features.named_children())[:7])
-            stages["norm5"], stages["relu5"] = nn.BatchNorm2d(512), nn.ReLU()
-            return nn.Sequential(stages), 512
+            stages = OrderedDict(features.named_children())
+            if backbone == "tdensenet":
+                stages = OrderedDict(list(stages.items())[:7])
+                stages["norm5"] = nn.BatchNorm2d(512)
+            stages["relu5"] = nn.ReLU()
+            return nn.Sequential(stages), stages["norm5"].num_features
+        if backbone == "vgg16":
+            from torchvision.models import VGG16_Weights, vgg16
+            return vgg16(weights=VGG16_Weights.IMAGENET1K_V1 if pretrained else None).features[:30], 512
+        if backbone in ("small_cnn", "small_transformer"):
+            if pretrained:
+                raise ValueError(f"{backbone} has no ImageNet weights: set init: scratch")
+            return (_small_cnn() if backbone == "small_cnn" else SmallTransformer()), 64
 
         import timm
         if not timm.is_model(backbone):
@@ -107,6 +127,34 @@ def _trunk(backbone, pretrained):
     if maps.ndim != 4 or getattr(network, "output_fmt", "NCHW") != "NCHW":  # windowed transformers put the channels last
         raise ValueError(f"backbone {backbone!r} gives features of shape {tuple(maps.shape)}, not maps (1, F, h, w): choose a convolutional model")
     return network.train(), maps.shape[1]
+
+
+def _small_cnn():
+    stages = []
+    for wide, width, stride in ((3, 32, 2), (32, 64, 2), (64, 64, 1)):
+        stages += [nn.Conv2d(wide, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*stages)
+
+
+class SmallTransformer(nn.Module):
+    """Two blocks of self-attention on 8 x 8 patches of a 32 px film; `norm` gives tokens (B, 64, 64), `maps` the same as (B, 64, 8, 8)."""
+
+    def __init__(self, width=64, grid=8):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.positions = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0, batch_first=True, norm_first=True) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.maps = nn.Unflatten(2, (grid, grid))
+
+    def forward(self, films):
+        tokens = self.patches(films).flatten(2).transpose(1, 2)
+        if tokens.shape[1] != self.positions.shape[1]:
+            raise ValueError(f"small_transformer takes films of 32 x 32 px, these are {tuple(films.shape[2:])}: set image_size: 32")
+        tokens = tokens + self.positions
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.maps(self.norm(tokens).transpose(1, 2))
 
 
 def _load_trunk(trunk, path, backbone):
@@ -176,12 +224,64 @@ def load_model(path, backbone, n_outputs):
     """
     state = read_weights(path)
     model = build_model(backbone, n_outputs)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _require_same(model.state_dict(), state, path, f"a {backbone} with {n_outputs} outputs")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def load_chexnet(path):
+    """The public CheXNet checkpoint as a `Classifier`: DenseNet121, 14 logits in the order of `CHEXNET_CLASSES`, in evaluation mode.
+
+    The file holds a DataParallel module with layer names of 2017 and a sigmoid after its last layer, which has no weights. Our outputs are
+    the logits before it.
+
+    Parameters
+    ----------
+    path : path-like
+        model.pth.tar of arnoweng/CheXNet, or the same tensors as safetensors. It is read as weights only.
+
+    Raises
+    ------
+    RuntimeError
+        The file is missing, unreadable, would run code, or holds other tensors; the message names the first that differs.
+    """
+    state = {}
+    for name, tensor in read_weights(path).items():
+        name = _modern_name(name.removeprefix("module.").removeprefix("densenet121."))
+        name = name.replace("classifier.0.", "head.").replace("classifier.", "head.")
+        state["trunk." + name.removeprefix("features.") if name.startswith("features.") else name] = tensor
+    model = build_model("densenet121", len(CHEXNET_CLASSES))
+    # Files of 2017 lack the counters of batches that today's batch norms keep; evaluation does not read them.
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    _require_same(wanted, state, path, "a CheXNet checkpoint (DenseNet121 with 14 outputs)")
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def select_output(model, output):
+    """The same classifier with one of its logits alone. It shares the trunk."""
+    return _with_head(model, model.head.weight[[output]], model.head.bias[[output]])
+
+
+def both_sides(model):
+    """A classifier of one logit f as one of two, (f, -f): what speaks for the finding, and what against it. It shares the trunk."""
+    weight, bias = model.head.weight, model.head.bias
+    if len(weight) != 1:
+        raise ValueError(f"the model has {len(weight)} outputs: only a single logit has two sides")
+    return _with_head(model, torch.cat([weight, -weight]), torch.cat([bias, -bias]))
+
+
+def _with_head(model, weight, bias):
+    other = Classifier(model.trunk, weight.shape[1], len(weight)).to(weight.device)
+    other.head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    return other.train(model.training)
+
+
+def _require_same(wanted, state, path, what):
+    wanted, found = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (wanted, state))
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differing:
         name = differing[0]
-        raise RuntimeError(f"{path} is not a {backbone} with {n_outputs} outputs: {len(differing)} tensors differ, the first is {name} "
+        raise RuntimeError(f"{path} is not {what}: {len(differing)} tensors differ, the first is {name} "
                            f"(file: {found.get(name, 'absent')}, model: {wanted.get(name, 'absent')})")
-    model.load_state_dict(state)
-    return model.eval()

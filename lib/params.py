@@ -20,10 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lib.losses import LOSSES, SCALES
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("multilabel", "binary")
+TASKS = ("multilabel", "binary", "pneumonia", "digits")
 BACKBONES = ("tdensenet", "resnet50")
+RELEASES = ("phantom", "nih", "phantom_rsna", "rsna", "digits")
+CAM_METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer", "score", "smooth_gradpp", "ss", "is")
 # The paper's runs. A loss or backbone of your own gets a file in params/runs and a place in the `runs` of a study.
-GRID = tuple(f"{task}-{backbone}-{loss}" for task, backbone, loss in itertools.product(TASKS, BACKBONES, ("bce", "wbce", "focal", "cb_focal")))
+GRID = tuple(f"{task}-{backbone}-{loss}" for task, backbone, loss in itertools.product(TASKS[:2], BACKBONES, ("bce", "wbce", "focal", "cb_focal")))
 
 
 class ParameterError(ValueError):
@@ -38,8 +40,12 @@ class Study(BaseModel):
     study: str = Field("demo", pattern=r"^[A-Za-z0-9_]+$", description="name: results go to outputs/<study>/")
     runs: list[str] = Field(list(GRID), min_length=1, description="the runs of the study, each a file of params/runs")
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="every run is trained once per seed")
+    comparison: bool = Field(True, description="whether notebooks 02 to 05 compare the runs, as Khakzar et al. do")
+    attribution: list[str] = Field([], description="runs that 06 explains by relevance")
+    features: list[str] = Field([], description="runs whose features 07 analyses")
+    companions: list[str] = Field([], description="other studies that are made along with this one")
     # data
-    release: Literal["phantom", "nih"] = Field("phantom", description="phantom (simulated films, made on the spot) or nih")
+    release: Literal[RELEASES] = Field("phantom", description="phantom or phantom_rsna (simulated, made on the spot), nih, rsna, digits")
     data_root: str = Field("", description="folder of the release; empty: the phantom's own folder in outputs")
     skip_bad_films: bool = Field(False, description="go on without films that are missing or unreadable (they are listed)")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train_val films held out, by patient")
@@ -47,6 +53,7 @@ class Study(BaseModel):
     phantom_size: int = Field(224, ge=64, le=1024, description="their side, pixels")
     phantom_seed: int = Field(0, ge=0, description="which patients are simulated")
     phantom_floor: float = Field(0.035, ge=0, le=0.1, description="share of films every finding is lifted to, while a fifth stay normal")
+    phantom_marker: str = Field("", description="a finding whose films carry a burnt-in marker: a planted confounder; empty: none")
     image_size: int = Field(66, ge=32, le=1024, description="side of the films that the models see, pixels")
     no_finding_output: bool = Field(True, description="multilabel: 15 outputs with 'No Finding'; False: 14")
     # training
@@ -59,6 +66,8 @@ class Study(BaseModel):
     final_learning_rate: float = Field(0.0, ge=0, le=1, description="end of the cosine, as a share of learning_rate")
     gradient_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: not clipped")
     jitter: float = Field(0.1, ge=0, lt=1, description="colour jitter: brightness and contrast vary by up to this share")
+    flip: bool = Field(True, description="training films are mirrored at random")
+    augmentation: Literal["paper", "imba"] = Field("paper", description="crop, flip and jitter, or the authors' code: also transpose, turn, holes")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the hardware is faster with it")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps")
     gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) of one run; above 1 it runs under torchrun")
@@ -68,20 +77,36 @@ class Study(BaseModel):
     gamma: float = Field(2.0, ge=0, description="Focal, CB-Focal: focusing exponent")
     beta: float = Field(0.9999, ge=0, lt=1, description="CB-Focal: base of the effective number of films")
     wbce_scheme: Literal["paper", "pos_weight"] = Field("paper", description="WBCE: N-/N, N+/N, or N-/N+, 1")
+    wbce_counts: Literal["train", "batch"] = Field("train", description="WBCE: classes counted over the training set, or in each batch")
     cb_scale: Literal[SCALES] = Field("global", description="CB-Focal: scale of the printed weights")
     loss_factor: float = Field(1.0, gt=0, description="constant in front of the loss")
     # analysis
     n_replicates: int = Field(300, ge=0, description="bootstrap replicates over patients; 0: no intervals")
     annotated: Literal["test", "all"] = Field("test", description="which films with boxes are analysed")
-    cam_method: str = Field("cam", pattern="^(cam|grad|gradpp|xgrad|hires|layer)$", description="cam, grad, gradpp, xgrad, hires, layer")
+    cam_method: Literal[CAM_METHODS] = Field("cam", description=", ".join(CAM_METHODS))
     cam_layer: str = Field("", description="module whose maps CAM reads; empty: the backbone's own")
+    token_grid: list[Annotated[int, Field(ge=1)]] = Field([], max_length=2, description="rows and columns of a transformer's tokens in cam_layer")
     dissection_layer: str = Field("", description="module whose maps are dissected; empty: the backbone's own")
     dissection_quantile: float = Field(0.0, ge=0, lt=1, description="q of P(A >= tau) = q; 0: the backbone's own")
+    concept_reading: Literal["paper", "imba"] = Field("paper", description="concepts as the paper says, or as the authors' code counts them")
     concept_resolution: Literal["image", "native"] = Field("image", description="components counted on upsampled or native maps")
     connectivity: Literal[4, 8] = Field(8, description="neighbours of a pixel in a component")
     box_rounding: Literal["outward", "trunc"] = Field("outward", description="box corners to whole pixels")
 
-    @field_validator("runs")
+    # attribution (Nam & Lee)
+    chexnet: str = Field("", description="CheXNet checkpoint that 06 explains instead of the run; empty: the run")
+    chexnet_train_list: str = Field("", description="list of the films that checkpoint was trained on, to report the rest apart")
+    relevance_init: Literal["one", "logit"] = Field("one", description="relevance starts from 1, or from the logit")
+    relevance_batchnorm: Literal["identity", "merge"] = Field("identity", description="BatchNorm passes relevance on, or joins its convolution")
+    rap_negative: Literal["paper", "authors_conv"] = Field("paper", description="negative relevance in RAP: equation 5, or the authors' code")
+    # integrated feature analysis (Li et al.)
+    feature_class: str = Field("", description="class whose maps 07 shows; empty: the marker's, else Pneumonia, Unhealthy or 7")
+    perturbation_films: int = Field(0, ge=0, description="films on which 07 also tries Score, SS, IS and Smooth Grad++, which are slow")
+    principal_share: float = Field(0.05, gt=0, le=1, description="share of the features that count as principal")
+    activation_scale: Literal["tanh", "linear"] = Field("tanh", description="function of the common scale")
+    activation_bounds: Literal["pixels", "image_extremes"] = Field("pixels", description="P10 and P90 of all pixels, or of the films' extremes")
+
+    @field_validator("runs", "attribution", "features")
     @classmethod
     def _known_runs(cls, runs):
         for name in runs:
@@ -90,7 +115,7 @@ class Study(BaseModel):
                 raise ValueError(f"no file params/runs/{name}.yaml{_nearest(name, known)}")
         return runs
 
-    @field_validator("runs", "seeds")
+    @field_validator("runs", "seeds", "attribution", "features", "companions")
     @classmethod
     def _each_once(cls, values):
         if len(set(values)) < len(values):
@@ -105,8 +130,23 @@ class Study(BaseModel):
 
     @model_validator(mode="after")
     def _release_has_a_root(self):
-        if self.release == "nih" and not self.data_root:
-            raise ValueError("data_root is empty: name the folder that holds Data_Entry_2017*.csv (-p data_root ..., or make ... DATA_ROOT=...)")
+        holds = {"nih": "Data_Entry_2017*.csv", "rsna": "stage_2_train_labels.csv"}.get(self.release)
+        if holds and not self.data_root:
+            raise ValueError(f"data_root is empty: name the folder that holds {holds} (-p data_root ..., or make ... DATA_ROOT=...)")
+        return self
+
+    @model_validator(mode="after")
+    def _augmentation_mirrors(self):
+        if self.augmentation == "imba" and not self.flip:
+            raise ValueError("augmentation: imba transposes and turns films, so flip: false cannot be kept; use augmentation: paper")
+        return self
+
+    @model_validator(mode="after")
+    def _lenses_look_at_runs(self):
+        for key in ("attribution", "features"):
+            foreign = [name for name in getattr(self, key) if name not in self.runs]
+            if foreign:
+                raise ValueError(f"{key} names {foreign[0]}, which is none of the study's runs")
         return self
 
     @classmethod
@@ -172,7 +212,10 @@ class Study(BaseModel):
     @property
     def data_label(self) -> str:
         """What every table and figure says its numbers were measured on."""
-        return "Simulated phantom films, not patients" if self.release == "phantom" else f"NIH ChestX-ray14 films, study {self.study}"
+        labels = {"phantom": "Simulated phantom films, not patients", "phantom_rsna": "Simulated phantom films in RSNA's layout, not patients",
+                  "nih": f"NIH ChestX-ray14 films, study {self.study}", "rsna": f"RSNA pneumonia films, study {self.study}",
+                  "digits": "Handwritten digits of scikit-learn, 8 x 8 pixels"}
+        return labels[self.release]
 
     def run(self, name, seed) -> "Run":
         """The `Run` of this study that params/runs/<name>.yaml describes."""
@@ -183,8 +226,8 @@ class Study(BaseModel):
 class Run(Study):
     """Parameters of one run: a study's, and the four that tell runs apart."""
 
-    task: Literal[TASKS] = Field("multilabel", description="multilabel (15 labels) or binary (Unhealthy)")
-    backbone: str = Field("tdensenet", min_length=1, description="tdensenet, resnet50, or any timm name")
+    task: Literal[TASKS] = Field("multilabel", description="multilabel (15 labels), binary (Unhealthy), pneumonia, digits")
+    backbone: str = Field("tdensenet", min_length=1, description="tdensenet, resnet50, densenet121, vgg16, or any timm name")
     loss: Literal[LOSSES] = Field("focal", description="bce, wbce, focal, cb_focal")
     seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, order and augmentation")
 
@@ -215,8 +258,30 @@ class Run(Study):
 
     @property
     def n_outputs(self) -> int:
-        """Logits: 1 for the binary task, else 15, or 14 without 'No Finding'."""
-        return 1 if self.task == "binary" else 14 + self.no_finding_output
+        """Logits: 1 for the binary and pneumonia tasks, 10 for digits, else 15, or 14 without 'No Finding'."""
+        return {"multilabel": 14 + self.no_finding_output, "digits": 10}.get(self.task, 1)
+
+    @model_validator(mode="after")
+    def _task_suits_release(self):
+        if (self.task == "digits") != (self.release == "digits") or (self.task == "multilabel" and self.release.endswith("rsna")):
+            raise ValueError(f"task {self.task} does not go with release {self.release}")
+        return self
+
+    @property
+    def selected_class(self) -> str:
+        """The class whose maps 07 shows."""
+        return self.feature_class or self.phantom_marker or {"binary": "Unhealthy", "digits": "7"}.get(self.task, "Pneumonia")
+
+    @property
+    def siblings(self) -> list["Run"]:
+        """The study's runs of this one's task, backbone and seed, this one among them: they differ in the loss alone."""
+        stem = self.name.rpartition("-")[0]
+        return [self.run(name, self.seed) for name in self.runs if name.rpartition("-")[0] == stem]
+
+    @property
+    def attribution_folder(self) -> Path:
+        """Where 06 writes: the run's folder, or one for the CheXNet checkpoint."""
+        return self.folder / "chexnet" if self.chexnet else self.run_folder
 
     @property
     def weights_path(self) -> Path:
@@ -256,9 +321,15 @@ def load_study(name, **overrides):
     `overrides` are keys given on the command line, which win over the file.
     """
     path = ROOT / "params" / "studies" / f"{name}.yaml"
-    study = Study.build({**load(path), **overrides}, f"params/studies/{name}.yaml")
+    values = {**load(path), **overrides}
+    if "runs" in overrides:  # fewer runs leave fewer to look at
+        values |= {key: [run for run in values[key] if run in values["runs"]] for key in ("attribution", "features") if key in values}
+    study = Study.build(values, f"params/studies/{name}.yaml")
     if study.study != name:
         raise ParameterError(f"{path}: its key study says {study.study!r}; it must be the file's own name")
+    for other in study.companions:
+        if not (path.parent / f"{other}.yaml").is_file():
+            raise ParameterError(f"{path}: companions names {other}, but there is no file params/studies/{other}.yaml")
     for run_name in study.runs:
         run = study.run(run_name, study.seeds[0])
         if run.name != run_name:

@@ -40,14 +40,14 @@ from lib.params import ROOT, Run
 
 # What the weights depend on: a finished or interrupted run is carried on only while all of these stand unchanged.
 IDENTITY = ("task", "backbone", "loss", "seed", "no_finding_output", "image_size", "validation_fraction", "epochs", "batch_size",
-            "learning_rate", "weight_decay", "warmup_steps", "final_learning_rate", "gradient_clip", "jitter", "precision", "gpus",
-            "alpha", "gamma", "beta", "wbce_scheme", "cb_scale", "loss_factor")
+            "learning_rate", "weight_decay", "warmup_steps", "final_learning_rate", "gradient_clip", "jitter", "flip", "augmentation", "precision", "gpus",
+            "alpha", "gamma", "beta", "wbce_scheme", "wbce_counts", "cb_scale", "loss_factor")
 RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
 
 
 # The files that decide what training computes. Their digests go on record; an edited comment must not cost a finished run, so a change is
 # only said.
-CODE = ("training.py", "models.py", "losses.py", "data/batches.py")
+CODE = ("training.py", "models.py", "losses.py", "data/batches.py", "data/augment.py")
 
 
 class TrainingError(RuntimeError):
@@ -150,14 +150,15 @@ def _fit(run, model, init, device, rank, world):
     rows = {split: store.rows(split) for split in ("train", "val", "test")}
     n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
     weights = loss_weights(run.loss, n_positive, len(rows["train"]) - n_positive, alpha=run.alpha, gamma=run.gamma, beta=run.beta,
-                           scheme=run.wbce_scheme, scale=run.cb_scale)
+                           scheme=run.wbce_scheme, counts=run.wbce_counts, scale=run.cb_scale)
     labels = release.films[["image", "patient", "split", "labels"]].to_csv(index=False).encode()
     identity = {**{key: getattr(run, key) for key in IDENTITY}, "films": store.fingerprint, "labels": hashlib.sha256(labels).hexdigest()[:16],
                 "initial_weights": init if init in ("scratch", "imagenet") else _digest(init)}
     code = {name: _digest(Path(__file__).parent / name) for name in CODE}
     record = {"status": "running", "run": run.name, "code": code, "parameters": run.model_dump(), "identity": identity, "classes": classes,
               "films": {split: len(index) for split, index in rows.items()}, "n_positive_train": n_positive.tolist(),
-              "loss_weights": {"positive": weights.positive.tolist(), "negative": weights.negative.tolist(), "gamma": weights.gamma, "scale": weights.scale},
+              "loss_weights": {"positive": weights.positive.tolist(), "negative": weights.negative.tolist(), "gamma": weights.gamma, "scale": weights.scale,
+                               "batch_scheme": weights.batch_scheme},
               "device": device_name(device), "world_size": world, "started": started.isoformat(timespec="seconds"), **environment()}
 
     history = finished_history(run, identity)
@@ -194,7 +195,8 @@ def _fit(run, model, init, device, rank, world):
     for epoch in range(len(history) + 1, run.epochs + 1):
         clock = time.perf_counter()
         batches = training_batches(store, rows["train"], targets, image_size=run.image_size, batch_size=run.batch_size,
-                                   seed=run.seed, epoch=epoch, device=device, rank=rank, world_size=world, jitter=run.jitter)
+                                   seed=run.seed, epoch=epoch, device=device, rank=rank, world_size=world, jitter=run.jitter, flip=run.flip,
+                                   augmentation=run.augmentation)
         row = _train_epoch(replica, optimizer, batches, weights, run, epoch, len(rows["train"]), low_precision, rank, world)
         if rank == 0:
             row |= _validate(model, store, rows["val"], targets, classes, weights, run, epoch, device)
@@ -353,6 +355,8 @@ def finished_history(run, identity):
 
 
 def _changed(old, new):
+    """What differs, in words. A parameter that is younger than the record stands there with its default, which is what it was."""
+    old = {key: Run.model_fields[key].default for key in new if key in Run.model_fields} | {key: value for key, value in old.items() if value is not None}
     return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
 
 

@@ -1,9 +1,23 @@
-"""Thresholds by sorting and components by flood fill, from the definitions; one map at a time."""
+"""Thresholds by sorting and components by flood fill, from the definitions, one map at a time; and the maps and boxes to try them on."""
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+BOXES = [[(10.3, 20.2, 60.7, 80.1)], [(5, 5, 30, 30), (20, 20, 70, 50.5)], [], [(-10, -10, 106, 20), (90, 90, 200, 200)],
+         [(40, 40, 40, 60)]]
+
+
+def features(shape, seed=0, sparse=True):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(shape, generator=generator)
+    smooth = F.avg_pool2d(noise, 3, 1, 1) + 0.2 * noise
+    return smooth.relu() if sparse else smooth
+
+
+def channels(maps):
+    return maps.transpose(0, 1).flatten(1)
 
 
 def quantile(values, q):
@@ -13,6 +27,11 @@ def quantile(values, q):
     lower = math.floor(rank)
     upper = min(lower + 1, len(ordered) - 1)
     return np.float32(ordered[lower] + (ordered[upper] - ordered[lower]) * (rank - lower))
+
+
+def quantiles(maps, q):
+    """Of each channel of maps (B, F, h, w), float32 (F,)."""
+    return np.array([quantile(channel, q) for channel in channels(maps).numpy()])
 
 
 def enlarged(maps, size):
@@ -36,26 +55,39 @@ def box_cells(boxes, size, height, width):
     return cells
 
 
-def concepts(mask, boxes, connectivity=8, clip=False):
-    """Components of `mask` with a pixel in `boxes` (both boolean, same shape)."""
+def concepts(mask, boxes, connectivity=8, clip=False, counting="components"):
+    """Components of `mask` with a pixel in `boxes` (both boolean, same shape); 'contours' adds the holes of each."""
     if clip:
         mask = mask & boxes
+    boxed = set(map(tuple, np.argwhere(boxes).tolist()))
+    met = [pixels for pixels in flooded(map(tuple, np.argwhere(mask).tolist()), connectivity) if not boxed.isdisjoint(pixels)]
+    return len(met) if counting == "components" else sum(1 + holes(pixels, *mask.shape) for pixels in met)
+
+
+def flooded(unseen, connectivity):
+    """The connected parts of a set of pixels."""
     steps = [(-1, 0), (1, 0), (0, -1), (0, 1)] + ([(-1, -1), (-1, 1), (1, -1), (1, 1)] if connectivity == 8 else [])
-    unseen, found = {tuple(p) for p in np.argwhere(mask)}, 0
+    unseen, parts = set(unseen), []
     while unseen:
-        stack, touches = [unseen.pop()], False
+        stack = [unseen.pop()]
+        parts.append(set(stack))
         while stack:
             y, x = stack.pop()
-            touches |= bool(boxes[y, x])
             for dy, dx in steps:
                 if (y + dy, x + dx) in unseen:
                     unseen.remove((y + dy, x + dx))
+                    parts[-1].add((y + dy, x + dx))
                     stack.append((y + dy, x + dx))
-        found += touches
-    return found
+    return parts
 
 
-def count(maps, tau, masks, size, resolution, connectivity=8, clip=False):
+def holes(pixels, height, width):
+    """Parts of the plane that an 8-connected component shuts off; it cannot shut off what the margin around the map joins."""
+    plane = {(y, x) for y in range(-1, height + 1) for x in range(-1, width + 1)}
+    return len(flooded(plane - pixels, 4)) - 1
+
+
+def count(maps, tau, masks, size, resolution, connectivity=8, clip=False, counting="components"):
     """(B, F) counts; `masks` are boolean box masks at the resolution."""
     values = (enlarged(maps, size) if resolution == "image" else maps) >= torch.as_tensor(tau)[None, :, None, None]
-    return np.array([[concepts(mask.numpy(), masks[b], connectivity, clip) for mask in film] for b, film in enumerate(values)])
+    return np.array([[concepts(mask.numpy(), masks[b], connectivity, clip, counting) for mask in film] for b, film in enumerate(values)])

@@ -47,3 +47,20 @@ def overlap(native, boxes, size, rounding="outward", threshold=None):
     ior = inside / mass if mass and box else math.nan
     iou = inside / (box + mass - inside) if box else math.nan
     return iobb, ior, iou, box / size**2, mass / size**2
+
+
+def hard_ious(unit_map, boxes, threshold, rounding="outward", inclusive=True):
+    """(lesion, background, mean of both) of one map at film size, pixel by pixel; a union without a pixel gives NaN."""
+    size = len(unit_map)
+    mask = drawn(boxes, size, rounding)
+    both = either = neither = 0
+    for y in range(size):
+        for x in range(size):
+            value = unit_map[y][x]
+            marked = value > threshold or (inclusive and value == threshold)
+            both += marked and mask[y][x]
+            either += marked or mask[y][x]
+            neither += not marked and not mask[y][x]
+    lesion = both / either if either else math.nan
+    background = neither / (size * size - both) if size * size > both else math.nan
+    return lesion, background, (lesion + background) / 2

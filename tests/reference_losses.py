@@ -16,6 +16,17 @@ def constants(loss, n_positive, n_negative, alpha=0.25, beta=0.9999, scheme="pap
     return inverse_effective_number(n_positive, beta), inverse_effective_number(n_negative, beta)
 
 
+def batch_constants(labels, n_positive, n_negative, scheme):
+    """WBCE's (w+, w-) of one class from its labels in a batch; where these are all alike, from the training set's smallest N-/N+."""
+    ones = sum(labels)
+    zeros = len(labels) - ones
+    if ones == 0 or zeros == 0:
+        ratios = [zero / one for one, zero in zip(n_positive, n_negative) if one and zero]
+        ratio = min(ratios) if ratios else 1.0
+        return (ratio, 1.0) if scheme == "pos_weight" else (ratio / (1 + ratio), 1 / (1 + ratio))
+    return constants("wbce", ones, zeros, scheme=scheme)
+
+
 def inverse_effective_number(n, beta):
     """(1 - beta) / (1 - beta^n) with 60 digits; beta is the exact value of its float."""
     with localcontext() as context:

@@ -124,6 +124,15 @@ def test_a_training_film_from_the_formula():
         assert target.tolist() == TARGETS[row].tolist()
 
 
+def test_without_flip_no_film_is_mirrored_and_nothing_else_changes():
+    flipped, straight = by_film(training(jitter=0.3)), by_film(training(jitter=0.3, flip=False))
+    mirrored = film_draws(5, 2, np.array(list(straight)), 3)[:, 2] < 0.5
+    assert 0 < mirrored.sum() < len(mirrored) == len(ROWS)
+    for (row, (image, _)), turned in zip(straight.items(), mirrored, strict=True):
+        assert torch.equal(image, flipped[row][0].flip(2) if turned else flipped[row][0])
+    assert order(training(flip=False)) == order(training())
+
+
 def test_types_and_memory_format():
     for batch in (next(training()), next(evaluation_batches(STORE, ROWS, TARGETS, image_size=CROP, batch_size=8))):
         assert batch.rows.dtype == torch.int64 and batch.rows.shape == (8,)

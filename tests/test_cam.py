@@ -6,7 +6,7 @@ from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGrad
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from lib.analysis.cam import METHODS, class_activation_maps, normalise, pair_maps, resize
+from lib.analysis.cam import METHODS, channel_contributions, class_activation_maps, film_maps, normalise, pair_maps, resize
 from tests import reference_cam
 
 
@@ -69,6 +69,61 @@ def test_known_identities():
     torch.testing.assert_close(normalise(grad), normalise(cam))
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("method, eps", [*((m, 0.0) for m in METHODS), ("gradpp", 1e-6)])
+def test_contributions_are_the_maps_of_single_features(method, eps, signed):
+    maps, weights, bias = features(signed=signed), features((4, 6), 1, signed=True), features((4,), 2)
+    maps[1, 2] = 0
+    ours = channel_contributions(maps, weights, method, eps=eps)
+    assert ours.shape == (3, 4, 6)
+    torch.testing.assert_close(ours.sum(2), class_activation_maps(maps, weights, method, eps=eps).sum((2, 3)))
+    head = reference_cam.pooled_head(weights, bias)
+    for k in range(6):
+        only = torch.zeros(6)
+        only[k] = 1
+        raw = class_activation_maps(maps, weights, method, only, eps=eps)
+        torch.testing.assert_close(raw.sum((2, 3)), ours[:, :, k], rtol=1e-10, atol=1e-13)
+        # A pooled linear head treats each channel by itself, so the map of one channel is that of a film with no other.
+        alone = maps[1] * only[:, None, None]
+        np.testing.assert_allclose(raw[1, 2], reference_cam.raw_map(alone, head, 2, method, eps), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_feature_masks(method):
+    maps, weights = features(signed=True), features((4, 6), 1, signed=True)
+    whole = class_activation_maps(maps, weights, method)
+    torch.testing.assert_close(class_activation_maps(maps, weights, method, torch.ones(6)), whole, rtol=0, atol=0)
+    assert class_activation_maps(maps, weights, method, torch.zeros(6, dtype=torch.bool)).abs().max() == 0
+    principal = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0] * 6, [1] * 6])
+    kept, others = (class_activation_maps(maps, weights, method, mask) for mask in (principal, 1 - principal))
+    torch.testing.assert_close(kept + others, whole)
+    for c in range(4):
+        torch.testing.assert_close(kept[:, c], class_activation_maps(maps, weights, method, principal[c])[:, c], rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match=r"mask \(6,\) or \(4, 6\), got shape \(4,\)"):
+        class_activation_maps(maps, weights, method, torch.ones(4))
+    with pytest.raises(ValueError, match="other values"):
+        class_activation_maps(maps, weights, method, torch.arange(6))
+
+
+def test_film_maps():
+    raw = features((2, 3, 4, 5), 4, signed=True)
+    native, late = film_maps(raw, 14), film_maps(raw, (14, 14), "resize_first")
+    torch.testing.assert_close(native, resize(normalise(raw), 14))
+    torch.testing.assert_close(late, normalise(resize(raw, 14)))
+    # The even factor leaves no pixel centre on the native peak, so a map that is normalised first stays below 1.
+    peak = torch.zeros(1, 5, 5)
+    peak[0, 2, 2] = 3
+    assert film_maps(peak, 10).max() == 0.75**2 and film_maps(peak, 10, "resize_first").max() == 1
+    assert film_maps(-raw.abs() - 1, 7, rectify=False).amax((2, 3)).min() > 0.5 and film_maps(-raw.abs() - 1, 7).max() == 0
+    ramp = torch.tensor([[0.0, 0.25, 0.999, 1.0]]).expand(4, 4)
+    torch.testing.assert_close(film_maps(ramp, 4, quantise=True)[0], torch.tensor([0, 63, 254, 255]) / 255)
+    torch.testing.assert_close(film_maps(ramp, 8, quantise=True), resize((ramp * 255).floor() / 255, 8))
+    levels = film_maps(raw, 14, "resize_first", quantise=True) * 255
+    torch.testing.assert_close(levels, levels.round())
+    with pytest.raises(ValueError, match="resize_first"):
+        film_maps(raw, 14, "last")
+
+
 def test_agrees_with_captum(net):
     model, films, maps = net
     peer = LayerGradCam(model, model.trunk)
@@ -120,6 +175,13 @@ def test_extreme_values_stay_finite():
     zero_sum = torch.tensor([1.0, -1.0]).reshape(1, 1, 1, 2)
     raw = class_activation_maps(zero_sum, torch.tensor([[1e-25]]), "gradpp")
     torch.testing.assert_close(raw.flatten(), torch.tensor([1e-25, -1e-25]) / 2, rtol=1e-6, atol=0)
+
+
+def test_gradpp_without_a_denominator_is_zero():
+    maps = torch.tensor([[[[-5.0, 3.0]], [[2.0, 1.0]]]])        # S = -2 with g = 1: 2 g^2 + S g^3 = 0
+    raw = class_activation_maps(maps, torch.tensor([[2.0, 2.0]]), "gradpp")
+    torch.testing.assert_close(raw.flatten(), 2 / 5 * maps[0, 1].flatten())
+    assert channel_contributions(maps, torch.tensor([[2.0, 2.0]]), "gradpp")[0, 0, 0] == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

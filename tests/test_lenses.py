@@ -91,6 +91,49 @@ def test_pairs_are_every_film_and_class_with_boxes(study):
     assert pairs[["row", "output"]].values.tolist() == sorted(pairs[["row", "output"]].values.tolist())
 
 
+def test_boxes_one_by_one(study):
+    model, _, films, boxes = study
+    pairs, single = box_pairs(films, boxes, CLASSES), box_pairs(films, boxes, CLASSES, unit="box")
+    assert len(single) == pairs["n_boxes"].sum() > len(pairs) and (single["n_boxes"] == 1).all()
+    assert not single.duplicated(["image", "class", "box"]).any() and set(single["box"]) == {0, 1}
+    for pair in pairs.itertuples():
+        mine = single[(single["image"] == pair.image) & (single["class"] == pair[4])]
+        np.testing.assert_array_equal(np.concatenate(list(mine["boxes"])), pair.boxes)
+        assert mine["box"].tolist() == list(range(pair.n_boxes)) and (mine["output"] == pair.output).all()
+    options = {"layer": "trunk", "image_size": SIZE}
+    table = align(outputs(study), single, model.head.weight, **options)
+    assert table.columns[3] == "box" and len(table) == len(single)
+    whole = align(outputs(study), pairs, model.head.weight, **options)
+    alone = table.merge(whole, on=["image", "class"], suffixes=("", "_whole"))
+    one = alone["n_boxes_whole"] == 1
+    for metric in ("iobb", "ior", "box_area", "logit"):
+        np.testing.assert_allclose(alone.loc[one, metric], alone.loc[one, f"{metric}_whole"], rtol=1e-6)
+    assert (alone.loc[~one, "box_area"] <= alone.loc[~one, "box_area_whole"] + 1e-12).all() and (~one).sum() >= 4
+    lone = with_other_boxes(single)
+    assert "other" in lone and len(align(outputs(study), lone, model.head.weight, **options)) == len(single)
+    assert len(box_pairs(films, boxes.head(0), CLASSES, unit="box")) == 0
+    with pytest.raises(ValueError, match="unit must be 'pair' or 'box', got 'film'"):
+        box_pairs(films, boxes, CLASSES, unit="film")
+
+
+def test_only_predicted_pairs(study):
+    model, _, films, boxes = study
+    pairs, options = with_other_boxes(box_pairs(films, boxes, CLASSES)), {"layer": "trunk", "image_size": SIZE}
+    whole = align(outputs(study), pairs, model.head.weight, **options)
+    found = align(outputs(study), pairs, model.head.weight, restrict="predicted", **options)
+    expected = whole[whole["logit"] > 0].reset_index(drop=True)
+    assert 0 < len(expected) < len(whole)
+    pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-5)
+
+    def none():
+        for output in outputs(study):
+            yield Output(output.rows, output.logits - 100, output.maps)
+
+    assert len(align(none(), pairs, model.head.weight, restrict="predicted", **options)) == 0
+    with pytest.raises(ValueError, match="restrict must be 'predicted' or None, got 'positive'"):
+        align(outputs(study), pairs, model.head.weight, restrict="positive", **options)
+
+
 def test_no_pair_at_all(study):
     _, _, films, boxes = study
     pairs = box_pairs(films, boxes.head(0), CLASSES)

@@ -3,7 +3,18 @@ import pytest
 import torch
 
 from lib.analysis.cam import normalise, resize
-from lib.analysis.localization import COLUMNS, box_mask, disjoint_rectangles, pixel_boxes, soft_overlap
+from lib.analysis.localization import (
+    COLUMNS,
+    THRESHOLDS,
+    box_mask,
+    box_masks,
+    disjoint_rectangles,
+    empty_mask_iou,
+    pixel_boxes,
+    positive_part,
+    soft_overlap,
+    threshold_iou,
+)
 from tests import reference_localization as reference
 
 BOXES = [
@@ -141,3 +152,83 @@ def test_wrong_input_is_refused():
     for options in ({"rounding": "nearest"}, {"zero_policy": "nan"}, {"threshold": 0.0}, {"threshold": 1.5}):
         with pytest.raises(ValueError, match=next(iter(options))):
             soft_overlap(torch.zeros(1, 3, 3), [[(0, 0, 4, 4)]], 40, **options)
+
+
+# --- IoU by threshold -------------------------------------------------------------------------------------------------------------------
+
+
+def unit_maps(dtype, size=40, seed=3):
+    """Maps in [0, 1] of which about a third of the pixels hold a threshold exactly; the last is zero, the one before reaches no threshold."""
+    generator = np.random.default_rng(seed)
+    maps = generator.random((len(BOXES), size, size)).astype(dtype)
+    tied = generator.choice(np.asarray([*THRESHOLDS, 0, 1], dtype), maps.shape)
+    maps = np.where(generator.random(maps.shape) < 0.3, tied, maps)
+    maps[-1], maps[-2] = 0, maps[-2] * dtype(0.05)
+    return maps
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("inclusive", [True, False])
+@pytest.mark.parametrize("rounding", ["outward", "trunc"])
+def test_iou_by_threshold_equals_a_loop_over_pixels(dtype, inclusive, rounding):
+    maps = unit_maps(dtype)
+    table = threshold_iou(torch.from_numpy(maps), BOXES, 40, rounding=rounding, inclusive=inclusive)
+    assert table["pair"].tolist() == np.repeat(range(len(BOXES)), 5).tolist() and table["threshold"].tolist() == [*THRESHOLDS] * len(BOXES)
+    for row in table.itertuples():
+        expected = reference.hard_ious(maps[row.pair], BOXES[row.pair], dtype(row.threshold), rounding, inclusive)
+        np.testing.assert_allclose([row.iou_lesion, row.iou_background, row.mean_iou], expected, rtol=1e-14, err_msg=str(row))
+        marked = maps[row.pair] >= dtype(row.threshold) if inclusive else maps[row.pair] > dtype(row.threshold)
+        assert row.mask_area == marked.mean() and row.box_area == reference.drawn(BOXES[row.pair], 40, rounding).mean()
+    both = [threshold_iou(torch.from_numpy(maps), BOXES, 40, inclusive=flag)["mask_area"] for flag in (True, False)]
+    assert ((both[0] - both[1]).to_numpy().reshape(-1, 5)[:-2] > 0.02).all()  # the ties are there, and fall on the two sides
+
+
+def test_empty_masks_get_what_an_empty_mask_gets():
+    boxes = [[(8, 8, 24, 32)], [(0, 0, 40, 40)], [(5, 5, 20, 20), (10, 12, 30, 33)], []]
+    table = threshold_iou(torch.zeros(4, 40, 40), boxes, 40, [0.5])
+    assert table["iou_lesion"].tolist()[:3] == [0, 0, 0] and np.isnan(table["iou_lesion"][3])  # nothing marked, nothing to mark
+    np.testing.assert_array_equal(table["mean_iou"], table["empty_mask_iou"])
+    np.testing.assert_array_equal(table["empty_mask_iou"], empty_mask_iou(table["box_area"]))
+    assert table["mean_iou"].tolist()[:2] == [(1 - 0.24) / 2, 0] and table["iou_background"].tolist() == [0.76, 0, 1 - table["box_area"][2], 1]
+    assert empty_mask_iou(0.1) == 0.45 and np.isnan(empty_mask_iou(0))
+
+
+def test_box_over_the_whole_film():
+    table = threshold_iou(torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]]), [[(-1, -1, 3, 3)]] * 2, 2, [0.5])
+    assert table["iou_lesion"].tolist() == [0.25, 1]
+    assert table["iou_background"][0] == 0 and np.isnan(table["iou_background"][1]) and np.isnan(table["mean_iou"][1])  # no background at all
+
+
+def test_perfect_whole_and_complementary_masks():
+    mask = box_masks([[(8, 8, 24, 32)]] * 3, 40).astype(np.float32)
+    mask[1], mask[2] = 1 - mask[1], 1
+    table = threshold_iou(mask, [[(8, 8, 24, 32)]] * 3, 40, [0.3])
+    assert table["mean_iou"].tolist() == pytest.approx([1, 0, 0.12]) and table["iou_lesion"].tolist() == pytest.approx([1, 0, 0.24])
+    assert len(threshold_iou(np.zeros((0, 4, 4), np.float32), [], 4)) == 0 and len(threshold_iou(mask, [[]] * 3, 40, [])) == 0
+
+
+def test_positive_part_is_not_min_max():
+    maps = torch.tensor([[[2.0, 4.0], [1.0, 3.0]], [[-2.0, 0.0], [1.0, -8.0]], [[-1.0, -2.0], [-3.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    expected = [[[0.5, 1], [0.25, 0.75]], [[0, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]
+    assert positive_part(maps).tolist() == expected
+    for scale in (1e-42, 1e-30, 1e30):
+        unit = positive_part(maps * scale)
+        assert unit.amax() == 1 and unit.amin() == 0 and not unit[2:].any()
+    assert (maps < 0).any()  # not in place
+    maps[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"map \[1\] holds NaN"):
+        positive_part(maps)
+
+
+def test_threshold_iou_refuses_wrong_maps():
+    with pytest.raises(ValueError, match=r"need maps \(P, 40, 40\), resized to the film, .* got \(1, 5, 5\)"):
+        threshold_iou(torch.zeros(1, 5, 5), [[]], 40)
+    with pytest.raises(ValueError, match="and 2 lists"):
+        threshold_iou(torch.zeros(1, 4, 4), [[], []], 4)
+    for bad in (-0.1, 1.01, torch.nan):
+        maps = torch.zeros(2, 4, 4)
+        maps[1, 2, 2] = bad
+        with pytest.raises(ValueError, match=r"map 1 leaves \[0, 1\] or holds NaN; see positive_part"):
+            threshold_iou(maps, [[], []], 4)
+    with pytest.raises(ValueError, match="rounding"):
+        threshold_iou(torch.zeros(1, 4, 4), [[(0, 0, 1, 1)]], 4, rounding="nearest")

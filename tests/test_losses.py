@@ -71,7 +71,7 @@ def test_targets_between_0_and_1(loss, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("loss", "options"), [*OPTIONS, ("cb_focal", {}), ("cb_focal", {"scale": "pair"})])
+@pytest.mark.parametrize(("loss", "options"), [*OPTIONS, ("cb_focal", {}), ("cb_focal", {"scale": "pair"}), ("wbce", {"counts": "batch"})])
 def test_extreme_logits_stay_finite(loss, options, dtype):
     extremes = torch.tensor([-700.0, -90.0, 0.0, 90.0, 700.0], dtype=dtype).repeat_interleave(2)[:, None].expand(-1, 4)
     targets = torch.tensor([0.0, 1.0], dtype=dtype).repeat(5)[:, None].expand(-1, 4)
@@ -136,6 +136,41 @@ def test_both_wbce_schemes_have_one_ratio():
     assert (other.negative == 1).all()
 
 
+@pytest.mark.parametrize("scheme", ["paper", "pos_weight"])
+@pytest.mark.parametrize("rows", [9, 2, 1])
+def test_wbce_by_the_counts_of_the_batch(scheme, rows):
+    """Also where a class has no positive film in the batch, or nothing else, and where the training set has one label only."""
+    logits, targets = batch(6, rows)
+    targets[:, 1], targets[:, 3] = 0, 1
+    n_positive, n_negative = [480, 30, 0, 60361], [520, 970, 1000, 51759]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = loss_weights("wbce", n_positive, n_negative, scheme=scheme, counts="batch")
+    pairs = [reference.batch_constants(targets[:, m].tolist(), n_positive, n_negative, scheme) for m in range(4)]
+    expected = [[reference.element(logits[i, m].item(), targets[i, m].item(), *pairs[m], 0.0) for m in range(4)] for i in range(rows)]
+    np.testing.assert_allclose(imbalance_loss(logits, targets, weights, "none"), expected, rtol=1e-10)
+    np.testing.assert_allclose(imbalance_loss(logits.float(), targets.float(), weights, "none"), expected, rtol=1e-5)
+    logits.requires_grad_()
+    imbalance_loss(logits, targets, weights, "sum").backward()
+    slopes = [[reference.gradient(logits[i, m].item(), targets[i, m].item(), *pairs[m], 0.0) for m in range(4)] for i in range(rows)]
+    np.testing.assert_allclose(logits.grad, slopes, rtol=1e-9)
+
+
+@pytest.mark.parametrize("scheme", ["paper", "pos_weight"])
+def test_a_batch_that_is_the_training_set_has_its_weights(scheme):
+    logits, targets = batch(7, rows=40)
+    counts = targets.sum(0).numpy(), 40 - targets.sum(0).numpy()
+    by_batch, by_train = (loss_weights("wbce", *counts, scheme=scheme, counts=which) for which in ("batch", "train"))
+    torch.testing.assert_close(imbalance_loss(logits, targets, by_batch, "none"), imbalance_loss(logits, targets, by_train, "none"))
+    assert imbalance_loss(logits[:5], targets[:5], by_batch) != imbalance_loss(logits[:5], targets[:5], by_train)
+
+
+def test_one_label_everywhere_counts_as_even():
+    for scheme, pair in (("paper", (0.5, 0.5)), ("pos_weight", (1, 1))):
+        weights = loss_weights("wbce", [0, 10], [10, 0], scheme=scheme, counts="batch")
+        assert [weights.positive.tolist(), weights.negative.tolist()] == [[value] * 2 for value in pair]
+
+
 @pytest.mark.parametrize(("loss", "options", "positive", "negative"), [
     ("wbce", {}, [1, 0], [0, 1]),
     ("wbce", {"scheme": "pos_weight"}, [0, 0], [1, 1]),
@@ -186,6 +221,8 @@ def test_bce_is_torchs():
     (("wbce", [0], [0]), {}, "a film"),
     (("wbce", [np.nan], [5]), {}, "counts"),
     (("wbce", [1], [1]), {"scheme": "batch"}, "scheme.*'batch'"),
+    (("wbce", [1], [1]), {"scheme": "ratio", "counts": "batch"}, "scheme.*'ratio'"),
+    (("wbce", [1], [1]), {"counts": "epoch"}, "counts.*'train' or 'batch', not 'epoch'"),
     (("cb_focal", [1], [1]), {"scale": "max"}, "scale.*'max'"),
     (("cb_focal", [1], [1]), {"beta": 1.0}, "beta"),
     (("focal", [1], [1]), {"gamma": -1}, "gamma"),

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import densenet121, resnet50
 
-from lib.analysis.inference import stream
+from lib import models
+from lib.analysis.inference import as_maps, stream
 from lib.data.batches import Batch
+from lib.data.nih import CLASSES
 from lib.models import build_model, layers, load_model, read_weights
 
 
@@ -260,3 +262,127 @@ def test_a_run_of_another_kind_is_refused(tdensenet, tmp_path):
         load_model(path, "resnet18", 15)
     with pytest.raises(RuntimeError, match="no weights file at .*other.safetensors"):
         load_model(tmp_path / "other.safetensors", "tdensenet", 15)
+
+
+# ---- the backbones of Nam & Lee, and the small ones
+
+
+@pytest.mark.parametrize("backbone", ["vgg16", "densenet121"])
+def test_torchvision_backbones_are_torchvisions(backbone):
+    """The trunk, given torchvision's own weights, gives torchvision's own features."""
+    import torchvision
+
+    theirs = getattr(torchvision.models, backbone)(weights=None).eval()
+    model = models.build_model(backbone, 2).eval()
+    trunk = {name.removeprefix("features."): tensor for name, tensor in theirs.state_dict().items() if name.startswith("features.")}
+    model.trunk.load_state_dict(trunk)
+    films = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs.features(films).relu() if backbone == "densenet121" else theirs.features[:30](films)
+        assert torch.equal(model.trunk(films), expected)
+    assert {"trunk.relu5", "trunk.29"} & set(models.layers(backbone))
+
+
+def test_a_densenet_keeps_its_own_last_norm(tmp_path):
+    source = models.build_model("densenet121", 3, seed=1)
+    with torch.no_grad():
+        source.trunk.norm5.bias.fill_(0.7)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    assert models.build_model("densenet121", 5, init=str(tmp_path / "w.pth")).trunk.norm5.bias.eq(0.7).all()
+
+
+def test_the_small_transformer_says_what_it_takes():
+    model = models.build_model("small_transformer", 10).eval()
+    tokens = {}
+    model.trunk.norm.register_forward_hook(lambda module, inputs, output: tokens.update(out=output))
+    films = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(films)
+        assert torch.allclose(logits, model.head(tokens["out"].mean(1)), atol=1e-5)
+        with pytest.raises(ValueError, match="image_size: 32"):
+            model(torch.rand(1, 3, 48, 48))
+    with pytest.raises(ValueError, match="init: scratch"):
+        models.build_model("small_cnn", 10, init="imagenet")
+
+
+# ---- CheXNet
+
+
+def chexnet_file(path, change=None):
+    """A checkpoint as arnoweng/CheXNet stores it: DataParallel, layer names of 2017, 14 classes, a sigmoid without weights."""
+    source = models.build_model("densenet121", 14, seed=3)
+    state = {}
+    for name, tensor in source.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        name = name.replace("trunk.", "features.").replace("head.", "classifier.0.")
+        if "denselayer" in name:
+            for part in ("norm1", "norm2", "conv1", "conv2"):
+                name = name.replace(f".{part}.", f".{part[:-1]}.{part[-1]}.")
+        state["module.densenet121." + name] = tensor
+    torch.save({"epoch": 7, "best_loss": 0.1, "state_dict": change(state) if change else state}, path)
+    return source.eval()
+
+
+def test_chexnet_loads_as_the_public_checkpoint_is_stored(tmp_path):
+    source = chexnet_file(tmp_path / "model.pth.tar")
+    loaded = models.load_chexnet(tmp_path / "model.pth.tar")
+    films = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(films), source(films))
+    assert not loaded.training and len(models.CHEXNET_CLASSES) == 14 == len(set(models.CHEXNET_CLASSES))
+    assert sorted(models.CHEXNET_CLASSES) == [name for name in CLASSES if name != "No Finding"]
+
+
+def test_a_chexnet_file_of_other_shapes_is_refused(tmp_path):
+    def fewer(state):
+        name = "module.densenet121.classifier.0.weight"
+        return {**state, name: state[name][:8]}
+
+    chexnet_file(tmp_path / "m.pth.tar", fewer)
+    with pytest.raises(RuntimeError, match=r"head.weight \(file: \(8, 1024\), model: \(14, 1024\)\)"):
+        models.load_chexnet(tmp_path / "m.pth.tar")
+    chexnet_file(tmp_path / "m.pth.tar", lambda state: dict(list(state.items())[5:]))
+    with pytest.raises(RuntimeError, match="5 tensors differ"):
+        models.load_chexnet(tmp_path / "m.pth.tar")
+
+
+def test_both_sides_of_a_logit(tmp_path):
+    model = models.select_output(models.build_model("small_cnn", 4).eval(), 2)
+    films = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, two = model(films), models.both_sides(model)(films)
+    assert one.shape == (2, 1) and torch.allclose(two, torch.cat([one, -one], 1), atol=1e-6)
+    with pytest.raises(ValueError, match="4 outputs"):
+        models.both_sides(models.build_model("small_cnn", 4))
+
+
+def test_a_hostile_chexnet_checkpoint_does_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    with open(tmp_path / "model.pth.tar", "wb") as file:
+        pickle.dump({"state_dict": {}, "extra": Hostile()}, file)
+    with pytest.raises(RuntimeError, match="not a readable weights file"):
+        models.load_chexnet(tmp_path / "model.pth.tar")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- tokens become maps
+
+
+def test_tokens_lie_row_by_row_and_the_class_token_is_left_out():
+    tokens = torch.arange(2 * 7 * 3).reshape(2, 7, 3).float()
+    maps = as_maps(tokens, "x", [2, 3])
+    assert maps.shape == (2, 3, 2, 3)
+    for row in range(2):
+        for column in range(3):
+            assert torch.equal(maps[:, :, row, column], tokens[:, 1 + 3 * row + column])
+    assert torch.equal(as_maps(tokens[:, 1:], "x", [2, 3]), maps)
+    with pytest.raises(ValueError, match="token_grid"):
+        as_maps(tokens, "x")
+    with pytest.raises(ValueError, match="7 tokens.*2 x 4"):
+        as_maps(tokens, "x", [2, 4])
+    with pytest.raises(ValueError, match="neither maps"):
+        as_maps(tokens[0], "x", [2, 3])

@@ -28,13 +28,13 @@ def test_is_valid_and_runs_in_any_python_3_kernel(path):
 def test_parameters_cell_is_the_one_that_lib_params_prints(path):
     tagged = [cell for cell in cells(path) if is_parameters(cell)]
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
-    model = Study if path.stem[:2] in ("00", "05") else Run
+    model = Study if path.stem[:2] in ("00", "05", "08") else Run
     assert tagged[0].source == parameters_cell(model), f"paste the output of: python -m lib.params cell {model.__name__.lower()}"
 
 
 def test_parameters_are_checked_before_anything_else(path):
     code = cells(path, "code")
-    model = "Study" if path.stem[:2] in ("00", "05") else "Run"
+    model = "Study" if path.stem[:2] in ("00", "05", "08") else "Run"
     assert is_parameters(code[0]) and f"{model}.from_notebook(globals())" in code[1].source
     assert len(code[1].source.splitlines()) <= 4
 

@@ -143,6 +143,15 @@ def test_unreadable_films_say_why(name):
         decode_film(data, 64)
 
 
+@pytest.mark.parametrize("suffix", [".jpg", "", ".png.part"])
+def test_the_suffix_says_what_a_film_must_be(suffix):
+    assert (decode_film(WHOLE, 64, ".PNG") == film(7)).all()
+    with pytest.raises(ValueError, match="films are .png or .dcm"):
+        decode_film(WHOLE, 64, suffix)
+    with pytest.raises(ValueError, match="not a DICOM file"):
+        decode_film(WHOLE, 64, ".dcm")
+
+
 def test_a_film_whose_pixels_end_early_behind_sound_checksums():
     rows = zlib.compress(b"".join(b"\0" + bytes(64) for _ in range(20)))  # 20 of 64 rows
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">II", 64, 64) + b"\x08\0\0\0\0") + chunk(b"IDAT", rows) + chunk(b"IEND", b"")

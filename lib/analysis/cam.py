@@ -1,8 +1,9 @@
 """Class activation maps of a classifier whose head is global average pooling followed by one linear layer.
 
 For such a head the gradient of logit ``c`` with respect to feature map ``k`` is the constant ``W[c, k] / (h w)``, so CAM and the gradient
-based variants below are closed forms of (feature maps, head weights) and need no backward pass. Three separate steps: the raw signed map
-at the size of the feature maps, its normalisation to [0, 1], and its resampling to the film.
+based variants below are closed forms of (feature maps, head weights) and need no backward pass; `model_cams` has the same methods, and
+those that perturb the film, for any layer of any classifier. Three separate steps: the raw signed map at the size of the feature maps,
+its normalisation to [0, 1], and its resampling to the film.
 """
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer")
 
 
 @torch.no_grad()
-def class_activation_maps(maps: Tensor, weights: Tensor, method: str = "cam", *, eps: float = 0.0) -> Tensor:
+def class_activation_maps(maps: Tensor, weights: Tensor, method: str = "cam", features: Tensor | None = None, *,
+                          eps: float = 0.0) -> Tensor:
     """Raw maps of all classes at once, ``L_c = sum_k w_k A_k`` (CAM: Zhou et al.; the class is the one whose row of the head is used).
 
     Parameters
@@ -25,6 +27,8 @@ def class_activation_maps(maps: Tensor, weights: Tensor, method: str = "cam", *,
         With ``g = W / (h w)`` and ``S_k = sum_xy A_k``: 'cam' ``w = W``; 'grad' (mean gradient) ``w = g``; 'gradpp'
         ``w = h w relu(g) a``, ``a = g^2 / (2 g^2 + S g^3)``, 0 where the denominator or g is 0; 'xgrad' ``w = sum(g A) / S``, which is g,
         0 where S is 0; 'hires' ``sum_k g_k A_k`` element by element; 'layer' ``sum_k relu(g_k) A_k``.
+    features : 0 or 1, (F,) or (C, F), optional
+        Channels whose weighted maps are summed (FS-CAM: Li et al., eq. 5). The weights are those of all channels together.
     eps : float
         Added to the denominator of 'gradpp' (pytorch-grad-cam uses 1e-6, which outweighs g^2 for a pooled head); the exact form is 0.
 
@@ -35,12 +39,38 @@ def class_activation_maps(maps: Tensor, weights: Tensor, method: str = "cam", *,
     Raises
     ------
     ValueError
-        Shapes that do not fit, an unknown method, or a NaN or infinity in the maps or weights.
+        Shapes that do not fit, an unknown method, a mask of other values, or a NaN or infinity in the maps or weights.
     """
     _check(maps, weights, method, eps)
     batch, _, height, width = maps.shape
-    raw = _channel_weights(maps, weights.to(maps), method, eps) @ maps.flatten(2)
+    chosen = _channel_weights(maps, weights.to(maps), method, eps)
+    if features is not None:
+        chosen = chosen * feature_mask(features, *weights.shape).to(chosen)
+    raw = chosen @ maps.flatten(2)
     return _finite(raw.reshape(batch, len(weights), height, width), maps, weights)
+
+
+@torch.no_grad()
+def channel_contributions(maps: Tensor, weights: Tensor, method: str = "cam", *, eps: float = 0.0) -> Tensor:
+    """What each channel adds to the sum of a raw map, ``S[b, c, f] = sum_xy w^{f,c} A^f`` (the terms of Li et al., eq. 3 and 4).
+
+    Parameters
+    ----------
+    maps, weights, method, eps
+        As for `class_activation_maps`.
+
+    Returns
+    -------
+    float (B, C, F), signed, in the precision of ``maps``. Its sum over F is the sum over (h, w) of the raw map.
+
+    Raises
+    ------
+    ValueError
+        As `class_activation_maps`.
+    """
+    _check(maps, weights, method, eps)
+    sums = maps.sum(dim=(2, 3))[:, None, :]
+    return _finite(_channel_weights(maps, weights.to(maps), method, eps) * sums, maps, weights)
 
 
 @torch.no_grad()
@@ -115,6 +145,58 @@ def resize(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     return out.reshape(*lead, *size)
 
 
+@torch.no_grad()
+def film_maps(raw: Tensor, size: int | tuple[int, int], order: str = "normalise_first", rectify: bool = True,
+              quantise: bool = False) -> Tensor:
+    """Raw maps as they are laid over the film: in [0, 1] and at its size.
+
+    Parameters
+    ----------
+    raw : float (..., h, w)
+        Signed maps at native size.
+    size : int or (int, int)
+        Of the film, in pixels.
+    order : {'normalise_first', 'resize_first'}
+        `normalise` at native size and then `resize`, whose maximum may be less than 1; or the other way round.
+    rectify : bool
+        See `normalise`.
+    quantise : bool
+        Each normalised value cut to 8 bits, ``floor(255 x) / 255``, as a map that was stored as an image; before the resampling where
+        that comes last.
+
+    Returns
+    -------
+    float (..., H, W), same dtype.
+    """
+    if order not in ("normalise_first", "resize_first"):
+        raise ValueError(f"order must be 'normalise_first' or 'resize_first', got {order!r}")
+    unit = normalise(raw if order == "normalise_first" else resize(raw, size), rectify)
+    if quantise:
+        unit = (unit * 255).floor() / 255
+    return resize(unit, size).clamp(0, 1) if order == "normalise_first" else unit
+
+
+def feature_mask(features: Tensor, n_classes: int, n_features: int) -> Tensor:
+    """`features` as a tensor, (F,) or (C, F), after a check of its shape and that it holds nothing but 0 and 1."""
+    mask = torch.as_tensor(features)
+    if tuple(mask.shape) not in ((n_features,), (n_classes, n_features)):
+        raise ValueError(f"features must be a mask ({n_features},) or ({n_classes}, {n_features}), got shape {tuple(mask.shape)}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("features must be a mask of 0 and 1, one entry a channel; it holds other values")
+    return mask
+
+
+def gradpp_terms(grads: Tensor, sums: Tensor, eps: float = 0.0) -> Tensor:
+    """``a relu(g)`` with ``a = g^2 / (2 g^2 + S g^3)``, whose sum over a map is the weight of Grad++; shapes that broadcast."""
+    positive = grads.clamp(min=0)
+    if eps:
+        squared = positive.square()
+        numerator, denominator = squared, 2 * squared + sums * squared * positive + eps
+    else:                                                       # g^2 cancelled: it underflows for small heads
+        numerator, denominator = torch.ones_like(positive), 2 + sums * positive
+    return torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator) * positive
+
+
 def _channel_weights(maps: Tensor, weights: Tensor, method: str, eps: float) -> Tensor:
     """(C, F), or (B, C, F) where the weight of a channel depends on the film."""
     if method == "cam":
@@ -128,14 +210,7 @@ def _channel_weights(maps: Tensor, weights: Tensor, method: str, eps: float) -> 
     sums = maps.sum(dim=(2, 3))[:, None, :]
     if method == "xgrad":
         return torch.where(sums == 0, torch.zeros_like(sums), grads)
-    positive = grads.clamp(min=0)
-    if eps:
-        squared = positive.square()
-        numerator, denominator = squared, 2 * squared + sums * squared * positive + eps
-    else:                                                       # g^2 cancelled: it underflows for small heads
-        numerator, denominator = torch.ones_like(positive), 2 + sums * positive
-    alpha = torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator)
-    return area * alpha * positive
+    return area * gradpp_terms(grads, sums, eps)
 
 
 def _check(maps: Tensor, weights: Tensor, method: str, eps: float) -> None:

@@ -49,7 +49,7 @@ def recorded(model, layers):
             handle.remove()
 
 
-def stream(model, batches, layers=()):
+def stream(model, batches, layers=(), token_grid=()):
     """Forward passes of `model` over `batches`, in evaluation mode, float32, without gradients.
 
     Parameters
@@ -60,6 +60,9 @@ def stream(model, batches, layers=()):
         With fields `rows` (B,) and `images` (B, 3, S, S), on the model's device.
     layers : sequence of str
         Modules whose output maps are wanted.
+    token_grid : (rows, columns), optional
+        How the tokens (B, T, D) of a transformer lie on the film: they become maps (B, D, rows, columns). Where T is one more than
+        rows x columns the first token, the class's, is left out.
 
     Yields
     ------
@@ -72,8 +75,29 @@ def stream(model, batches, layers=()):
             # Left before the yield: both would hold for the caller's code between batches too. TF32, cuDNN's default, keeps 10 bits.
             with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 logits = model(batch.images).float()
-                output = Output(batch.rows, logits, {name: maps[name].float() for name in layers})
+                output = Output(batch.rows, logits, {name: as_maps(maps[name], name, token_grid).float() for name in layers})
             yield output
+
+
+def as_maps(output, layer, token_grid=()):
+    """The output of a layer as maps (B, F, h, w): unchanged, or tokens (B, T, D) laid out on `token_grid`.
+
+    Raises
+    ------
+    ValueError
+        An output that is neither, or a grid that does not fit the tokens.
+    """
+    if output.ndim == 4:
+        return output
+    if output.ndim != 3:
+        raise ValueError(f"layer {layer} gives {tuple(output.shape)}, neither maps (B, F, h, w) nor tokens (B, T, D)")
+    if len(token_grid) != 2:
+        raise ValueError(f"layer {layer} gives tokens {tuple(output.shape)}: say how they lie on the film with token_grid: [rows, columns]")
+    rows, columns = token_grid
+    extra = output.shape[1] - rows * columns
+    if extra not in (0, 1):
+        raise ValueError(f"layer {layer} gives {output.shape[1]} tokens, which do not fill token_grid {rows} x {columns} (one more, the class's, may be there)")
+    return output[:, extra:].transpose(1, 2).unflatten(2, (rows, columns))
 
 
 def predict(model, batches):

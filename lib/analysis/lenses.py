@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 
 from lib.analysis import cam
-from lib.analysis.dissection import StreamingQuantile, Thresholds, concept_totals, count_concepts
+from lib.analysis.dissection import StreamingQuantile, Thresholds, batch_thresholds, concept_totals, count_concepts
 from lib.analysis.inference import Output
 from lib.analysis.localization import soft_overlap
 
 
-def box_pairs(films: pd.DataFrame, boxes: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
+def box_pairs(films: pd.DataFrame, boxes: pd.DataFrame, classes: list[str], *, unit: str = "pair") -> pd.DataFrame:
     """Every (film, class) that has boxes, the unit of Khakzar et al., Table 1.
 
     Parameters
@@ -28,19 +28,25 @@ def box_pairs(films: pd.DataFrame, boxes: pd.DataFrame, classes: list[str]) -> p
         image, class, x1, y1, x2, y2 in pixels of the films that the model sees.
     classes : list of str
         Outputs of the model. Boxes of other classes are left out.
+    unit : {'pair', 'box'}
+        'box': a row for each box alone, numbered from 0 within its film and class in a column `box`.
 
     Returns
     -------
     DataFrame
         One row a pair, by film row and class: row, image, patient, class, output (index into `classes`), n_boxes, boxes (array (K, 4)).
     """
+    if unit not in ("pair", "box"):
+        raise ValueError(f"unit must be 'pair' or 'box', got {unit!r}")
     rows = dict(zip(films["image"], films.index, strict=True))
     patients = dict(zip(films["image"], films["patient"], strict=True))
     kept = boxes[boxes["image"].isin(rows) & boxes["class"].isin(classes)]
-    pairs = [(rows[image], image, patients[image], name, classes.index(name), len(part), part[["x1", "y1", "x2", "y2"]].to_numpy(float))
-             for (image, name), part in kept.groupby(["image", "class"], sort=False)]
-    frame = pd.DataFrame(pairs, columns=["row", "image", "patient", "class", "output", "n_boxes", "boxes"])
-    return frame.sort_values(["row", "output"], ignore_index=True)
+    number = kept.groupby(["image", "class"]).cumcount() if unit == "box" else np.zeros(len(kept), np.int64)
+    pairs = [(rows[image], image, patients[image], name, classes.index(name), box, len(part), part[["x1", "y1", "x2", "y2"]].to_numpy(float))
+             for (image, name, box), part in kept.assign(box=number).groupby(["image", "class", "box"], sort=False)]
+    frame = pd.DataFrame(pairs, columns=["row", "image", "patient", "class", "output", "box", "n_boxes", "boxes"])
+    frame = frame.sort_values(["row", "output", "box"], ignore_index=True)
+    return frame if unit == "box" else frame.drop(columns="box")
 
 
 def with_other_boxes(pairs: pd.DataFrame) -> pd.DataFrame:
@@ -59,7 +65,7 @@ def with_other_boxes(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor, *, layer: str, image_size: int, method: str = "cam",
-          rounding: str = "outward") -> pd.DataFrame:
+          rounding: str = "outward", restrict: str | None = None) -> pd.DataFrame:
     """Soft IoBB and IoR of the class activation map of each pair: the map of the class that the box names, whatever was predicted.
 
     Parameters
@@ -74,11 +80,13 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
         See `cam.pair_maps` and `localization.pixel_boxes`.
     image_size : int
         Side of the films in pixels, the frame of the boxes.
+    restrict : {'predicted'}, optional
+        Only the pairs that the model predicts, logit above 0; the others have no row.
 
     Returns
     -------
     DataFrame
-        image, patient, class, n_boxes, box_area, cam_mass, iobb, ior, iou, logit; a row per pair, in the order of the outputs. With other
+        image, patient, class, (box,) n_boxes, box_area, cam_mass, iobb, ior, iou, logit; a row per pair, in the order of the outputs. With other
         boxes also iobb_other and ior_other. Last, what they depend on: layer, method, rounding.
 
     Raises
@@ -88,7 +96,10 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
     """
     if not len(pairs):
         raise ValueError("no annotated film: the release has no boxes of these classes on the chosen films (see BBox_List_2017.csv and `annotated`)")
+    if restrict not in (None, "predicted"):
+        raise ValueError(f"restrict must be 'predicted' or None, got {restrict!r}")
     by_row, parts = dict(list(pairs.groupby("row"))), []
+    columns = ["image", "patient", "class", *(["box"] if "box" in pairs else []), "n_boxes"]
     for output in outputs:
         found = [(position, by_row[row]) for position, row in enumerate(np.asarray(output.rows).tolist()) if row in by_row]
         if not found:
@@ -96,15 +107,18 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
         chosen = pd.concat([part for _, part in found], ignore_index=True)
         position = torch.tensor([position for position, part in found for _ in range(len(part))])
         classes = torch.tensor(chosen["output"].to_numpy())
-        raw = cam.pair_maps(_pooled_maps(output, layer, weights), weights, position, classes, method)
+        if restrict == "predicted":
+            kept = (output.logits.cpu()[position, classes] > 0).numpy()
+            chosen, position, classes = chosen[kept].reset_index(drop=True), position[kept], classes[kept]
+        raw = cam.pair_maps(pooled_maps(output, layer, weights), weights, position, classes, method)
         maps = cam.normalise(raw).cpu()
         overlap = soft_overlap(maps, list(chosen["boxes"]), image_size, rounding=rounding)
         overlap["logit"] = output.logits.cpu()[position, classes].numpy()
         if "other" in chosen:
             other = soft_overlap(maps, list(chosen["other"]), image_size, rounding=rounding)
             overlap["iobb_other"], overlap["ior_other"] = other["iobb"], other["ior"]
-        parts.append(pd.concat([chosen[["image", "patient", "class", "n_boxes"]], overlap], axis=1))
-    columns = ["image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit"]
+        parts.append(pd.concat([chosen[columns], overlap], axis=1))
+    columns += ["box_area", "cam_mass", "iobb", "ior", "iou", "logit"]
     columns += ["iobb_other", "ior_other"] if "other" in pairs else []
     table = pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
     return table.assign(layer=layer, method=method, rounding=rounding)
@@ -116,7 +130,8 @@ def _maps(output, layer):
     return output.maps[layer]
 
 
-def _pooled_maps(output, layer, weights):
+def pooled_maps(output: Output, layer: str, weights: torch.Tensor) -> torch.Tensor:
+    """The maps of `layer` in `output`, after the check that a head of these `weights` (M, F) pools them."""
     maps = _maps(output, layer)
     if maps.shape[1] != weights.shape[1]:
         raise ValueError(f"layer {layer} has {maps.shape[1]} channels and the head {weights.shape[1]}: CAM reads the layer that the head pools")
@@ -151,7 +166,7 @@ def pair_cams(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Ten
         if here:
             position = torch.tensor([place[row] for row in pairs["row"].iloc[here]])
             classes = torch.tensor(pairs["output"].to_numpy()[here])
-            raw = cam.pair_maps(_pooled_maps(output, layer, weights), weights, position, classes, method)
+            raw = cam.pair_maps(pooled_maps(output, layer, weights), weights, position, classes, method)
             maps[here] = cam.resize(cam.normalise(raw), size).clamp(0, 1).cpu().numpy()
             probabilities[here] = torch.sigmoid(output.logits.cpu().double()[position, classes]).numpy()
     return maps, probabilities
@@ -167,7 +182,7 @@ class Dissection:
 
 
 def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer: str, q: float, image_size: int, resolution: str = "image",
-            connectivity: int = 8, rounding: str = "outward") -> Dissection:
+            connectivity: int = 8, rounding: str = "outward", reading: str = "paper") -> Dissection:
     """Concepts of every channel on the annotated films (Khakzar et al., sections 3.2 and 4), from one pass over the outputs.
 
     The thresholds need all films before the first component can be counted. So the maps wait in an unnamed scratch file, which goes
@@ -184,6 +199,9 @@ def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer
         P(A >= tau) = q over all annotated films, per channel.
     image_size, resolution, connectivity, rounding
         See `dissection.count_concepts`.
+    reading : {'paper', 'imba'}
+        'imba' counts as the authors' code does, for parity: thresholds of each batch's upsampled maps, masks cut by the boxes before their
+        contours, holes among them, are counted, dead channels included. The result then depends on the batch size.
 
     Raises
     ------
@@ -194,7 +212,16 @@ def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer
     """
     if not boxes:
         raise ValueError("no annotated film: the release has no boxes on the chosen films (see BBox_List_2017.csv and `annotated`)")
-    quantile, rows, counts = StreamingQuantile(q, len(boxes), layer), [], []
+    if reading not in ("paper", "imba"):
+        raise ValueError(f"reading is {reading!r}: 'paper' or 'imba'")
+    imba = reading == "imba"
+    enlarge_to = image_size if imba else None
+    quantile, rows, counts = StreamingQuantile(q, len(boxes), layer, enlarge_to), [], []
+
+    def count(maps, films, limits):
+        return count_concepts(maps, limits.tau, [boxes[row] for row in films], image_size, resolution=resolution, connectivity=connectivity,
+                              clip=imba, counting="contours" if imba else "components", rounding=rounding, usable=None if imba else limits.usable)
+
     with tempfile.TemporaryFile() as scratch:
         shape = None
         for output in outputs:
@@ -204,20 +231,24 @@ def dissect(outputs: Iterable[Output], boxes: Mapping[int, np.ndarray], *, layer
             maps = _maps(output, layer)[kept].float().cpu().contiguous()
             shape = maps.shape[1:]
             quantile.update(maps)
-            maps.numpy().tofile(scratch)
-            rows += np.asarray(output.rows)[kept].tolist()
+            films = np.asarray(output.rows)[kept].tolist()
+            rows += films
+            if imba:
+                counts.append(count(maps, films, batch_thresholds(maps, q, layer, enlarge_to)))
+            else:
+                maps.numpy().tofile(scratch)
         thresholds = quantile.result()
         scratch.seek(0)
         size, few = int(np.prod(shape)), 16
-        for start in range(0, len(rows), few):
+        for start in range(0, 0 if imba else len(rows), few):
             films = rows[start:start + few]
             maps = torch.from_numpy(np.fromfile(scratch, np.float32, len(films) * size).reshape(len(films), *shape))
-            counts.append(count_concepts(maps, thresholds.tau, [boxes[row] for row in films], image_size, resolution=resolution,
-                                         connectivity=connectivity, rounding=rounding, usable=thresholds.usable))
+            counts.append(count(maps, films, thresholds))
     return Dissection(np.array(rows), np.concatenate(counts), thresholds)
 
 
-def concept_records(dissection: Dissection, films: pd.DataFrame) -> pd.DataFrame:
-    """image, patient, disjoint, unique: a row per annotated film. `films` as for `box_pairs`."""
+def concept_records(dissection: Dissection, films: pd.DataFrame, pairs: pd.DataFrame | None = None) -> pd.DataFrame:
+    """image, patient, disjoint, unique: a row per annotated film, or with `pairs` (of `box_pairs`) one per pair, its class too."""
     chosen = films.loc[dissection.rows, ["image", "patient"]].reset_index(drop=True)
-    return pd.concat([chosen, concept_totals(dissection.counts)], axis=1)
+    records = pd.concat([chosen, concept_totals(dissection.counts)], axis=1)
+    return records if pairs is None else records.merge(pairs[["image", "class"]], on="image")

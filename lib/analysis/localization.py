@@ -1,4 +1,4 @@
-"""How a map overlaps boxes: soft IoBB, IoR and IoU (Khakzar et al., section 4) without resampling the map.
+"""How a map overlaps boxes: soft IoBB, IoR and IoU (Khakzar et al., section 4) without resampling the map, and IoU by threshold (Nam & Lee).
 
 Bilinear resampling is linear and separable, ``resized = Wy L Wx^T``, so the sum of the resized map over a rectangle of pixels is
 ``r^T L c`` with the sums ``r``, ``c`` of the interpolation weights over the rectangle's rows and columns. A union of boxes is first cut
@@ -14,6 +14,7 @@ from torch import Tensor
 from lib.analysis.cam import resize
 
 COLUMNS = ["iobb", "ior", "iou", "box_area", "cam_mass"]
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def soft_overlap(cams: Tensor | np.ndarray, boxes: Sequence, image_size: int, *, rounding: str = "outward", zero_policy: str = "skip",
@@ -91,6 +92,100 @@ def soft_overlap(cams: Tensor | np.ndarray, boxes: Sequence, image_size: int, *,
     return pd.DataFrame(np.concatenate([table, shares], axis=1), columns=COLUMNS)
 
 
+def positive_part(maps: Tensor) -> Tensor:
+    """Each map with its negatives cut to 0 and divided by its maximum (Nam & Lee, section 2: "normalised in 0 ~ 1").
+
+    Not min-max: what has no relevance stays at 0. A map without a positive value becomes zeros.
+
+    Parameters
+    ----------
+    maps : float (..., H, W), signed
+
+    Returns
+    -------
+    float (..., H, W) in [0, 1], same dtype.
+
+    Raises
+    ------
+    ValueError
+        A NaN or infinity (names the map).
+    """
+    finite = torch.isfinite(maps).flatten(-2).all(dim=-1)
+    if not finite.all():
+        raise ValueError(f"map {torch.nonzero(~finite)[0].tolist()} holds NaN or infinite values")
+    maps = maps.clamp(min=0)
+    top = maps.amax(dim=(-2, -1), keepdim=True)
+    return maps / torch.where(top > 0, top, torch.ones_like(top))
+
+
+@torch.no_grad()
+def threshold_iou(maps: Tensor | np.ndarray, boxes: Sequence, image_size: int, thresholds: Sequence[float] = THRESHOLDS, *,
+                  rounding: str = "outward", inclusive: bool = True) -> pd.DataFrame:
+    """IoU of each thresholded map with the union of its pair's boxes, of the lesion and of the background (Nam & Lee, Table 2).
+
+    With P the pixels that reach the threshold and B those of the boxes: ``iou_lesion = |P and B| / |P or B|``, ``iou_background`` the same
+    of the complements of P and B. The paper says "mean IoU" and no more; its numbers fit the mean over lesion and background, by which an
+    empty mask already has ``(1 - box area) / 2``.
+
+    Parameters
+    ----------
+    maps : float (P, S, S) in [0, 1]
+        At film size, S = `image_size`; see `positive_part`.
+    boxes : sequence of P arrays (K, 4)
+        As in `soft_overlap`.
+    thresholds : sequence of float
+        Compared in the precision of the maps, so that a pixel which holds the threshold reaches it.
+    rounding : {'outward', 'trunc'}
+        See `pixel_boxes`.
+    inclusive : bool
+        P is ``map >= T`` (the paper: lower values are cast to zero), or ``map > T``.
+
+    Returns
+    -------
+    DataFrame
+        A row per pair and threshold, pairs in their order: pair, threshold, iou_lesion, iou_background, mean_iou in [0, 1],
+        empty_mask_iou (`empty_mask_iou`), box_area and mask_area (shares of the film). An IoU is NaN where its union is empty, mean_iou
+        where either is.
+
+    Raises
+    ------
+    ValueError
+        Maps of another size or outside [0, 1] (names the pair), NaN in a box, an unknown option.
+    """
+    maps = torch.as_tensor(maps).detach()
+    if maps.ndim != 3 or maps.shape[1:] != (image_size, image_size) or len(maps) != len(boxes):
+        raise ValueError(f"need maps (P, {image_size}, {image_size}), resized to the film, and one list of boxes a map, "
+                         f"got {tuple(maps.shape)} and {len(boxes)} lists")
+    valid = ((maps >= 0) & (maps <= 1)).flatten(1).all(dim=1)
+    if not valid.all():
+        raise ValueError(f"map {int(torch.nonzero(~valid)[0])} leaves [0, 1] or holds NaN; see positive_part")
+    masks = torch.from_numpy(box_masks(boxes, image_size, rounding=rounding)).to(maps.device)
+
+    marked, both = [], []
+    for threshold in torch.tensor(thresholds, dtype=maps.dtype, device=maps.device):
+        above = maps >= threshold if inclusive else maps > threshold
+        marked.append(above.sum(dim=(1, 2)))
+        both.append((above & masks).sum(dim=(1, 2)))
+    shape = (len(maps), len(thresholds))
+    marked, both = (torch.stack(counts, dim=1).double().cpu().numpy() if counts else np.empty(shape) for counts in (marked, both))
+    box, film = np.broadcast_to(masks.sum(dim=(1, 2)).double().cpu().numpy()[:, None], shape), image_size**2
+    union = box + marked - both
+    with np.errstate(invalid="ignore"):
+        lesion, background = both / union, (film - union) / (film - both)
+    table = pd.DataFrame({"pair": np.repeat(np.arange(len(maps)), len(thresholds)), "threshold": np.tile(np.asarray(thresholds, float), len(maps)),
+                          "iou_lesion": lesion.ravel(), "iou_background": background.ravel(), "mean_iou": ((lesion + background) / 2).ravel()})
+    area = box.ravel() / film
+    return table.assign(empty_mask_iou=empty_mask_iou(area), box_area=area, mask_area=marked.ravel() / film)
+
+
+def empty_mask_iou(box_area):
+    """The mean IoU over lesion and background of a map that marks nothing, ``(1 - box_area) / 2``: what a mean IoU has to beat.
+
+    `box_area` : share of the film, a number or an array; 0 gives NaN (no lesion to mark).
+    """
+    return np.where(np.asarray(box_area) > 0, (1 - np.asarray(box_area, dtype=np.float64)) / 2, np.nan)
+
+
 def pixel_boxes(boxes, image_size: int, *, rounding: str = "outward") -> np.ndarray:
     """Boxes as whole pixels inside the film.
 
@@ -137,10 +232,15 @@ def grouped_pixel_boxes(groups: Sequence, image_size: int, *, rounding: str = "o
 
 def box_mask(boxes, image_size: int, *, rounding: str = "outward") -> np.ndarray:
     """Union of the boxes as a boolean (image_size, image_size) mask."""
-    mask = np.zeros((image_size, image_size), dtype=bool)
-    for x1, y1, x2, y2 in pixel_boxes(boxes, image_size, rounding=rounding):
-        mask[y1:y2, x1:x2] = True
-    return mask
+    return box_masks([boxes], image_size, rounding=rounding)[0]
+
+
+def box_masks(groups: Sequence, image_size: int, *, rounding: str = "outward") -> np.ndarray:
+    """As `box_mask` for a sequence of P (K, 4) arrays: boolean (P, image_size, image_size)."""
+    masks = np.zeros((len(groups), image_size, image_size), dtype=bool)
+    for (x1, y1, x2, y2), owner in zip(*grouped_pixel_boxes(groups, image_size, rounding=rounding)):
+        masks[owner, y1:y2, x1:x2] = True
+    return masks
 
 
 def disjoint_rectangles(boxes: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 
 RIGHT, LEFT = -1, 1  # the patient's sides, as signs of x about the midline
 LUNG_DEPTH = 0.48  # attenuation that a fully aerated lung takes away
+MARKER_GREY = 250
 
 
 @dataclass(frozen=True)
@@ -355,3 +356,31 @@ def expose(
         at = int(size * x), int(size * rng.uniform(0.05, 0.14))
         cv2.putText(film, letter, at, cv2.FONT_HERSHEY_SIMPLEX, size / 600, 250, max(1, size // 160), cv2.LINE_AA)
     return film, masks
+
+
+def burn_marker(film: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Burn a technician's lead letter into a film, above the patient's right shoulder; its place varies by one percent of the film.
+
+    Parameters
+    ----------
+    film : uint8 (size, size), left as it is
+    rng : of the place
+
+    Returns
+    -------
+    film : uint8 (size, size), the same outside the letter
+    mask : bool (size, size), the letter, 5.5 % of the film high
+    """
+    size, tall, side = len(film), 350, 640  # the letter is drawn large on a tile of a tenth of the film, then averaged down
+    tile = np.zeros((side, side), np.uint8)
+    cv2.putText(tile, "K", (150, 500), cv2.FONT_HERSHEY_SIMPLEX, tall / 21, 255, 80, cv2.LINE_AA)  # the font is 21 high at scale 1
+    width = round(0.1 * size)
+    weight = cv2.resize(tile, (width, width), interpolation=cv2.INTER_AREA) / 255
+    weight[weight < 0.1] = 0
+    # As far from the edges as the lungs allow: training crops up to an eighth of a film away.
+    left, top = np.round((np.array([0.09, 0.07]) + rng.uniform(-0.01, 0.01, 2)) * size).astype(int)
+    place = np.s_[top : top + width, left : left + width]
+    film, mask = film.copy(), np.zeros(film.shape, bool)
+    film[place] = np.round(film[place] + weight * (MARKER_GREY - film[place].astype(np.float64)))
+    mask[place] = weight > 0
+    return film, mask

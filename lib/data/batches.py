@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.data.augment import DRAWS, augmented_crops, cut_holes
 from lib.data.store import Store
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, per channel, of images in [0, 1]
@@ -46,6 +47,8 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     jitter: float = JITTER,
+    flip: bool = True,
+    augmentation: str = "paper",
 ) -> Iterator[Batch]:
     """Shuffled, augmented batches of one epoch.
 
@@ -66,6 +69,8 @@ def training_batches(
         rank has equally many films, and left out where that is fewer than 2 a rank: `count_batches` says how many there are.
     jitter : float in [0, 1)
         0 switches it off.
+    flip : bool
+        False: no film is mirrored, for classes that a mirror changes, such as digits. Crops and jitter stay the same.
 
     Raises
     ------
@@ -81,6 +86,10 @@ def training_batches(
         raise ValueError(f"rank is {rank}; it must be at least 0 and below world_size ({world_size})")
     if seed < 0 or epoch < 0:
         raise ValueError(f"seed and epoch are {seed} and {epoch}; neither may be negative")
+    if augmentation not in ("paper", "imba"):
+        raise ValueError(f"augmentation is {augmentation!r}; it must be 'paper' or 'imba'")
+    if augmentation == "imba" and not flip:
+        raise ValueError("augmentation 'imba' transposes and turns films; for classes that a mirror changes it must be 'paper'")
     n_batches = count_batches(len(rows), batch_size, world_size)
     if n_batches == 0:
         raise ValueError(f"{len(rows)} training films make no batch for {world_size} processes; at least 2 each are needed")
@@ -90,13 +99,21 @@ def training_batches(
     def gather(batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         films = order[batch * batch_size : (batch + 1) * batch_size]
         films = films[rank : len(films) - len(films) % world_size : world_size]
+        if augmentation == "imba":
+            draws = film_draws(seed, epoch, films, DRAWS)
+            return films, augmented_crops(store.images, films, draws, image_size, jitter), draws
         draws = film_draws(seed, epoch, films, 5)
         steps = store.size - image_size + 1
         top, left = (draws[:, :2] * steps).astype(np.int64).T
-        return films, gather_crops(store.images, films, top, left, draws[:, 2] < 0.5, image_size), draws[:, 3:]
+        mirrored = (draws[:, 2] < 0.5) & flip
+        return films, gather_crops(store.images, films, top, left, mirrored, image_size), draws[:, 3:]
 
     def finish(films: np.ndarray, crops: np.ndarray, draws: np.ndarray) -> Batch:
         images = _to_device(crops, device)
+        if augmentation == "imba":
+            batch = _batch(films, images.float() / 255, targets, device)
+            cut_holes(batch.images, draws)
+            return batch
         if jitter:
             shifts = torch.from_numpy((jitter * (2 * draws - 1)).astype(np.float32)).to(device)
             images = _jitter(images, brightness=shifts[:, 0], contrast=1 + shifts[:, 1])

@@ -1,5 +1,7 @@
-"""One PNG file as a square grey film."""
+"""One film file, PNG or DICOM, as a square grey film."""
 
+import contextlib
+import io
 import struct
 import zlib
 from collections.abc import Iterable
@@ -9,12 +11,33 @@ import cv2
 import numpy as np
 
 
-def decode_film(data: bytes, size: int) -> np.ndarray:
-    """One PNG file's bytes as a grey film, uint8 (size, size). Raises ValueError saying what is wrong with it."""
-    _check_png(data)
-    film = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if film is None:
-        raise ValueError("its pixels cannot be decoded")
+def decode_film(data: bytes, size: int, suffix: str = ".png") -> np.ndarray:
+    """One film file's bytes as a grey film.
+
+    Parameters
+    ----------
+    data : the whole file
+    size : side of the result, pixels
+    suffix : end of the file's name, '.png' or '.dcm' in any case: what the bytes must be
+
+    Returns
+    -------
+    uint8 (size, size)
+        PNG: colour and transparency are dropped. DICOM: bright is what MONOCHROME2 shows bright, after the rescale. Films of up to 8 stored
+        bits keep their values, whatever window the header proposes (the range that the bits can hold is 0 to 255); deeper ones are cut to the
+        header's first window, and where there is none the film's darkest and brightest pixel become 0 and 255.
+
+    Raises
+    ------
+    ValueError
+        Saying what is wrong with the file: empty, truncated, damaged, of another kind, not square; a DICOM file in colour, with several
+        frames, with look-up tables, or compressed in a way that cannot be decoded here. Damage inside a JPEG stream that is as long as it
+        should be goes unseen: unlike PNG it has no checksums.
+    """
+    readers = {".png": _read_png, ".dcm": _read_dicom}
+    if suffix.lower() not in readers:
+        raise ValueError(f"it is a {suffix or 'nameless'} file; films are {' or '.join(readers)}")
+    film = readers[suffix.lower()](data)
     height, width = film.shape[:2]
     if height != width:
         raise ValueError(f"it is not square ({width} x {height}): boxes and crops assume the square films of the release")
@@ -28,6 +51,28 @@ def decode_film(data: bytes, size: int) -> np.ndarray:
         film = cv2.resize(film, (size, size), interpolation=cv2.INTER_AREA if len(film) > size else cv2.INTER_LINEAR)
     if film.dtype == np.uint16:
         film = ((film.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return film
+
+
+def read_films(paths: Iterable[str], size: int) -> np.ndarray:
+    """A few films straight from their files, to look at: uint8 (N, size, size). A film that cannot be read raises ValueError with its path."""
+    films = []
+    for path in map(Path, paths):
+        try:
+            films.append(decode_film(path.read_bytes(), size, path.suffix))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return np.stack(films)
+
+
+# ---- PNG
+
+
+def _read_png(data: bytes) -> np.ndarray:
+    _check_png(data)
+    film = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if film is None:
+        raise ValueError("its pixels cannot be decoded")
     return film
 
 
@@ -51,12 +96,88 @@ def _check_png(data: bytes) -> None:
     raise ValueError("it is truncated")
 
 
-def read_films(paths: Iterable[str], size: int) -> np.ndarray:
-    """A few films straight from their files, to look at: uint8 (N, size, size). A film that cannot be read raises ValueError with its path."""
-    films = []
-    for path in paths:
-        try:
-            films.append(decode_film(Path(path).read_bytes(), size))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return np.stack(films)
+# ---- DICOM
+
+
+def _read_dicom(data: bytes) -> np.ndarray:
+    """Grey values of a DICOM file: uint8 up to 8 stored bits, else uint16 over its full range."""
+    import pydicom  # here: processes that decode PNG films would start later for it
+    from pydicom.pixels import get_decoder
+
+    if not data:
+        raise ValueError("it is empty")
+    if data[128:132] != b"DICM":
+        raise ValueError("it is not a DICOM file")
+    with _faults_of_the_file():
+        header = pydicom.dcmread(io.BytesIO(data))
+        kind = str(header.get("PhotometricInterpretation") or "")
+        samples, frames = int(header.get("SamplesPerPixel") or 1), int(header.get("NumberOfFrames") or 1)
+        syntax = pydicom.uid.UID(str(header.file_meta.TransferSyntaxUID))
+        slope, intercept = _number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", 0.0)
+        centre, width = _number(header, "WindowCenter"), _number(header, "WindowWidth")
+        function = str(header.get("VOILUTFunction") or "LINEAR")
+    if "PixelData" not in header:
+        raise ValueError("it is truncated, or has no pixels")
+    if samples != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"its pixels are {kind or 'of no stated kind'}, {samples} values each; films are MONOCHROME1 or MONOCHROME2, one value each")
+    if frames != 1:
+        raise ValueError(f"it has {frames} frames; films have one")
+    try:
+        decodable = get_decoder(syntax).is_available
+    except NotImplementedError:
+        decodable = False
+    if not decodable:
+        raise ValueError(f"its pixels are compressed as {syntax.name}, which cannot be decoded here; decompress it first (dcmdjpeg, gdcmconv --raw)")
+    with _faults_of_the_file():
+        stored = header.pixel_array
+        bits, signed = int(header.BitsStored), bool(header.PixelRepresentation)
+    if not 1 <= bits <= 16 or slope == 0 or not np.isfinite(2.0**16 * abs(slope) + abs(intercept)):
+        rescale = f"rescaled by {slope:g} x + {intercept:g}"
+        raise ValueError(f"its grey values have {bits} bits and are {rescale}; films have 1 to 16 bits, and a finite slope but 0")
+    windowed = bits > 8 and centre is not None and width is not None
+    if "ModalityLUTSequence" in header or ("VOILUTSequence" in header and bits > 8 and not windowed):
+        raise ValueError("its grey values go through a look-up table, which is not supported; convert it to plain MONOCHROME2")
+
+    first = -(2 ** (bits - 1)) if signed else 0
+    # Of every value that a pixel may hold: the whole mapping is one table. Clipped below: bits above the stored ones may hold anything.
+    values = slope * np.arange(first, first + 2**bits) + intercept
+    if windowed:
+        dark, bright = _window(centre, width, function)
+    else:
+        ends = [0, len(values) - 1] if bits <= 8 else np.clip([int(stored.min()) - first, int(stored.max()) - first], 0, len(values) - 1)
+        dark, bright = sorted(values[ends])
+    shades = np.clip((values - dark) / (bright - dark), 0, 1) if bright > dark else np.zeros(len(values))
+    if kind == "MONOCHROME1":
+        shades = 1 - shades
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    table = np.floor(shades * np.iinfo(dtype).max + 0.5).astype(dtype)
+    return table.take(stored.astype(np.int64) - first, mode="clip")
+
+
+def _number(header, name: str, absent: float | None = None) -> float | None:
+    """The number of a header element, the first one where it holds several."""
+    value = header.get(name)
+    if isinstance(value, (list, tuple)) or hasattr(value, "__getitem__") and not isinstance(value, str):
+        value = value[0] if len(value) else None
+    return absent if value is None or value == "" else float(value)
+
+
+def _window(centre: float, width: float, function: str) -> tuple[float, float]:
+    """Rescaled values that a window shows as black and as white (DICOM PS3.3, C.11.2.1)."""
+    if function not in ("LINEAR", "LINEAR_EXACT"):
+        raise ValueError(f"its window is {function}; LINEAR and LINEAR_EXACT are supported")
+    if function == "LINEAR":  # the standard counts whole values: the centre lies half a step lower, and the width spans one step less
+        centre, width = centre - 0.5, width - 1
+    if not (np.isfinite([centre, width]).all() and width > 0):
+        raise ValueError("its window has no width")
+    return centre - width / 2, centre + width / 2
+
+
+@contextlib.contextmanager
+def _faults_of_the_file():
+    try:
+        yield
+    # Damaged headers and streams make pydicom raise nearly anything (AttributeError, struct.error, KeyError, RuntimeError, ...); such a film
+    # must be named, and must not end the decoding of all others.
+    except Exception as error:
+        raise ValueError(f"it is truncated or damaged ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from error

@@ -50,7 +50,7 @@ def find_file(root: Path, pattern: str, required: bool = True) -> Path | None:
     return found[0] if found else None
 
 
-def _read_lines(path: Path) -> list[tuple[int, list[str]]]:
+def read_lines(path: Path) -> list[tuple[int, list[str]]]:
     """(line number, stripped cells) of every line of a csv that is not blank; utf-8 with or without BOM, any line ends."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -68,7 +68,7 @@ def some(items, limit: int = 5) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
-def _require(faults: list[str], path: Path, advice: str) -> None:
+def require(faults: list[str], path: Path, advice: str) -> None:
     if faults:
         raise ReleaseError(f"{path}: {'; '.join(faults[:5])}{f'; and {len(faults) - 5} more' if len(faults) > 5 else ''}. {advice}")
 
@@ -80,6 +80,20 @@ def problem_frame(problems: list[tuple[str, str, str]]) -> pd.DataFrame:
 def box_frame(rows: list[tuple]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=list(BOX_COLUMNS))
     return frame.astype({"image": "str", "class": "str", "x1": float, "y1": float, "x2": float, "y2": float})
+
+
+def box_fault(x: float, y: float, w: float, h: float, box: str) -> str | None:
+    """What is wrong with a box that the message calls `box`, or None."""
+    if not (all(map(math.isfinite, (x, y, w, h))) and w > 0 and h > 0):
+        return f"{box} has no area"
+    if x >= BOX_PIXELS or y >= BOX_PIXELS or x + w <= 0 or y + h <= 0:
+        return f"{box} lies outside its film (boxes are in pixels of the 1024 x 1024 release)"
+    return None
+
+
+def clip_box(x: float, y: float, w: float, h: float) -> tuple[float, float, float, float]:
+    """Corners x1, y1, x2, y2 of the part of a box that lies on its film."""
+    return max(x, 0.0), max(y, 0.0), min(x + w, float(BOX_PIXELS)), min(y + h, float(BOX_PIXELS))
 
 
 def _name_fault(name: str) -> str | None:
@@ -95,7 +109,7 @@ def _name_fault(name: str) -> str | None:
 
 
 def read_entries(path: Path, problems: list) -> pd.DataFrame:
-    lines = _read_lines(path)
+    lines = read_lines(path)
     if len(lines) < 2:
         raise ReleaseError(f"{path} has no rows; copy it again from the release")
     header = lines[0][1]
@@ -131,7 +145,7 @@ def read_entries(path: Path, problems: list) -> pd.DataFrame:
         # '00000001' and '1' are one patient: a zero-padded id must not carry a patient across the split unseen.
         row["patient"] = row["patient"].lstrip("0") or "0" if row["patient"].isdigit() else row["patient"]
         rows.append(row)
-    _require(faults, path, "Correct or remove these rows.")
+    require(faults, path, "Correct or remove these rows.")
     return pd.DataFrame(rows).astype(
         {"image": "str", "patient": "str", "age": float, "sex": "str", "view": "str", "follow_up": int, "labels": "str"}
     )
@@ -169,9 +183,9 @@ def _parse_age(text: str, image: str, problems: list) -> float:
 
 
 def read_list(path: Path, problems: list) -> list[str]:
-    lines = _read_lines(path)
+    lines = read_lines(path)
     names = [cells[0] for _, cells in lines]
-    _require([f"row {number}: {fault}" for number, cells in lines if (fault := _name_fault(cells[0]))], path, "One film name a line.")
+    require([f"row {number}: {fault}" for number, cells in lines if (fault := _name_fault(cells[0]))], path, "One film name a line.")
     if not names:
         raise ReleaseError(f"{path} is empty; copy it again from the release")
     counts = Counter(names)
@@ -185,7 +199,7 @@ def read_list(path: Path, problems: list) -> list[str]:
 
 
 def read_boxes(path: Path, films: pd.DataFrame, known: set[str], on_missing: str, problems: list) -> pd.DataFrame:
-    lines = _read_lines(path)
+    lines = read_lines(path)
     if not lines:
         raise ReleaseError(f"{path} is empty; copy it again from the release, or remove it to work without boxes")
     header = lines[0][1]
@@ -208,10 +222,7 @@ def read_boxes(path: Path, films: pd.DataFrame, known: set[str], on_missing: str
         fault = _name_fault(image)
         if fault is None and name not in FINDINGS:
             fault = f"unknown label {name!r}; the labels are {', '.join(FINDINGS)}"
-        if fault is None and not (all(map(math.isfinite, (x, y, w, h))) and w > 0 and h > 0):
-            fault = f"{box} has no area"
-        if fault is None and (x >= BOX_PIXELS or y >= BOX_PIXELS or x + w <= 0 or y + h <= 0):
-            fault = f"{box} lies outside its film (boxes are in pixels of the 1024 x 1024 release)"
+        fault = fault or box_fault(x, y, w, h, box)
         if fault is None and image not in known and on_missing == "error":
             fault = f"{image} is not in Data_Entry (skip_bad_films: true, that is on_missing='skip', goes on without its boxes)"
         if fault:
@@ -220,7 +231,7 @@ def read_boxes(path: Path, films: pd.DataFrame, known: set[str], on_missing: str
         if image not in labels:
             problems.append(("box left out", image, f"row {number}: {'its film is left out' if image in known else 'not in Data_Entry'}"))
             continue
-        corners = (max(x, 0.0), max(y, 0.0), min(x + w, float(BOX_PIXELS)), min(y + h, float(BOX_PIXELS)))
+        corners = clip_box(x, y, w, h)
         if corners != (x, y, x + w, y + h):
             problems.append(("box clipped", image, f"row {number}: the {box} reaches past its film"))
         if (image, name, *corners) in seen:
@@ -230,6 +241,6 @@ def read_boxes(path: Path, films: pd.DataFrame, known: set[str], on_missing: str
         if name not in labels[image].split("|"):
             problems.append(("box without its label", image, f"row {number}: {name}, but the film is labelled {labels[image]}"))
         rows.append((image, name, *corners))
-    _require(faults, path, "Correct or remove these rows.")
+    require(faults, path, "Correct or remove these rows.")
     problems += [("label alias", path.name, f"{alias} read as {_ALIASES[alias]} in {count} rows") for alias, count in aliases.items()]
     return box_frame(rows)

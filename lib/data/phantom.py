@@ -1,4 +1,4 @@
-"""A simulated release in the layout of NIH ChestX-ray14: small, offline, free of licences, and with the truth about every pixel.
+"""Simulated release in the layout of NIH ChestX-ray14 or of RSNA's challenge: small, offline, free of licences, each pixel's truth known.
 
 Labels follow NIH's own joint distribution (`label_sets`). Known exactly, and embedded: the counts of films without a finding, with each
 single finding, and with each of the four most frequent pairs; how many films carry 2, 3, 4 and more findings (5 and more are pooled as 5
@@ -8,12 +8,16 @@ probabilities proportional to a product of one weight per finding, the weights f
 A few thousand films would leave rare findings without test films. So `write_phantom` enriches, on purpose: in each split, films without
 a finding are given a set that holds the rare finding (drawn from the same distribution, given that finding) until it reaches a floor (`FLOOR`) of
 the films. The imbalance stays: No Finding is near half, the rarest findings are a few percent.
+
+RSNA's films are drawn from NIH's, one a patient, with other shares: a film counts as positive if it carries Pneumonia, and label sets are
+drawn from the distribution above given the film's class.
 """
 
 import json
 import multiprocessing
 import os
 import shutil
+import uuid
 from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
@@ -22,8 +26,23 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from lib.data.anatomy import draw_anatomy
-from lib.data.nih_files import BOX_PIXELS, NO_FINDING
+from lib.data.anatomy import burn_marker, draw_anatomy
+from lib.data.nih_files import BOX_PIXELS, CLASSES, NO_FINDING, ReleaseError
+from lib.data.phantom_files import (
+    DETECTORS,
+    FOLDERS,
+    LUNGS,
+    MARKER,
+    TABLES,
+    film_path,
+    read_masks,
+    write_file,
+    write_film,
+    write_markers,
+    write_masks,
+    write_nih_tables,
+    write_rsna_tables,
+)
 from lib.data.signs import SIGNS, render_film
 
 FINDINGS = tuple(SIGNS)
@@ -71,9 +90,10 @@ FILMS_PER_PATIENT = 3.6
 STAY = 0.3  # a follow-up film repeats the label set of the film before it
 FLOOR = 0.035
 TRAIN_SHARE = 0.7
-COLUMNS = ["Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position"]
-COLUMNS += ["OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]"]
-DETECTORS = [(2500, 2048, 0.168), (2992, 2991, 0.143), (2021, 2021, 0.194), (3056, 2544, 0.139)]
+# RSNA: patients of each class (target 1 is Lung Opacity), and positive patients with this many boxes, 9,555 together.
+RSNA_CLASSES = {"Lung Opacity": 6012, "Normal": 8851, "No Lung Opacity / Not Normal": 11821}
+RSNA_BOXES = {1: 2614, 2: 3266, 3: 119, 4: 13}
+MARKED, MARKED_OTHERS = 0.9, 0.02  # shares of films with a marker: of the class it is planted in, of the rest
 
 
 @lru_cache(maxsize=1)
@@ -152,14 +172,55 @@ def _enrich(films: pd.DataFrame, floor: float, rng: np.random.Generator) -> pd.D
     return films.assign(findings=findings)
 
 
-def _box(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """(x, y, w, h) in `BOX_PIXELS` around the largest part of a mask, loose as a hand draws; parts within 3 % of the film count as one."""
-    size = len(mask)
-    reach = 2 * max(1, round(0.015 * size)) + 1
+def _draw_rsna(n_films: int, seed: int, rng: np.random.Generator) -> pd.DataFrame:
+    """One film a patient, in RSNA's shares to the film: `kind` is its class, `foci` the number of segments that Pneumonia takes."""
+    sets, probability = label_sets()
+    opaque, normal = np.array(["Pneumonia" in subset for subset in sets]), np.array([not subset for subset in sets])
+    draws = {"Lung Opacity": opaque, "Normal": normal, "No Lung Opacity / Not Normal": ~opaque & ~normal}
+    shares = np.cumsum(list(RSNA_CLASSES.values())) / sum(RSNA_CLASSES.values())
+    kinds = rng.permutation(np.array(list(RSNA_CLASSES))[np.searchsorted(shares, (np.arange(n_films) + 0.5) / n_films)])
+    boxes = np.array(list(RSNA_BOXES.values())) / sum(RSNA_BOXES.values())
+    rows = []
+    for patient, kind in enumerate(kinds, start=1):
+        conditional = probability * draws[kind]
+        rows.append(
+            (
+                str(uuid.uuid5(uuid.NAMESPACE_OID, f"phantom {seed} {patient}")),
+                sets[rng.choice(len(sets), p=conditional / conditional.sum())],
+                str(kind),
+                int(rng.choice(list(RSNA_BOXES), p=boxes)) if kind == "Lung Opacity" else 1,
+                patient,
+                int(np.clip(rng.normal(47, 17), 5, 94)),
+                "MF"[int(rng.random() < 0.435)],
+                "PA" if rng.random() < 0.6 else "AP",
+                int(rng.integers(len(DETECTORS))),
+            )
+        )
+    films = pd.DataFrame(rows, columns=["image", "findings", "kind", "foci", "patient", "age", "sex", "view", "detector"])
+    return films.assign(follow_up=0)
+
+
+def _marked(films: pd.DataFrame, marker: str, seed: int) -> list[bool]:
+    """Which films carry the marker that is planted in the class `marker`."""
+    chance = [MARKED if marker == NO_FINDING and not found or marker in found else MARKED_OTHERS for found in films["findings"]]
+    keys = zip(films["patient"], films["follow_up"], strict=True)
+    drawn = [np.random.default_rng((seed, patient, film, 98)).random() for patient, film in keys]
+    return [bool(marker) and one < share for one, share in zip(drawn, chance, strict=True)]
+
+
+def _parts(mask: np.ndarray) -> list[np.ndarray]:
+    """The parts of a mask, bool, largest first; parts within 3 % of the film count as one."""
+    reach = 2 * max(1, round(0.015 * len(mask))) + 1
     near = cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach)))
     _, part = cv2.connectedComponents(near, connectivity=8)
-    largest = np.bincount(part[mask]).argmax()
-    rows, columns = np.nonzero(mask & (part == largest))
+    pixels = np.bincount(part[mask])
+    return [mask & (part == k) for k in np.argsort(-pixels, kind="stable") if pixels[k]]
+
+
+def _box(part: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """(x, y, w, h) in `BOX_PIXELS` around a part of a mask, loose as a hand draws."""
+    size = len(part)
+    rows, columns = np.nonzero(part)
     low = np.array([columns.min(), rows.min()], dtype=np.float64)
     high = np.array([columns.max(), rows.max()], dtype=np.float64) + 1
     slack = rng.normal(0.02, 0.02, (2, 2)) * (high - low)
@@ -167,38 +228,28 @@ def _box(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float, floa
     return (*low, *(high - low))
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _write_png(path: Path, image: np.ndarray) -> None:
-    _write(path, cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 4])[1].tobytes())
-
-
-def _write_patient(films: pd.DataFrame, root: Path, size: int, seed: int) -> list[tuple[str, str, float, float, float, float]]:
-    """Write the films of one patient that are not there yet, each mask before its film; return the boxes of the test films."""
+def _write_patient(films: pd.DataFrame, root: Path, size: int, seed: int, layout: str) -> list[tuple[str, str, float, float, float, float]]:
+    """Write the films of one patient that are not there yet, each mask before its film; return their boxes: film, finding, x, y, w, h."""
     cv2.setNumThreads(1)
     first = films.iloc[0]
     anatomy = draw_anatomy(np.random.default_rng((seed, first.patient)), first.age, first.sex)
     boxes = []
     for film in films.itertuples():
         key = (seed, film.patient, film.follow_up)
-        path = root / "images" / film.image
-        if not path.exists():
-            image, masks = render_film(anatomy, view=film.view, findings=frozenset(film.findings), size=size, key=key)
-            if masks:
-                bits = sum(
-                    (mask.astype(np.uint16) << FINDINGS.index(name) for name, mask in masks.items()), np.zeros((size, size), np.uint16)
-                )
-                _write_png(root / "masks" / film.image, bits)
-            _write_png(path, image)
-        if film.test:
-            rng = np.random.default_rng((*key, 99))
-            for name, mask in read_lesion_masks(root, film.image).items():
-                if name in BOXED:
-                    boxes.append((film.image, "Infiltrate" if name == "Infiltration" else name, *_box(mask, rng)))
+        if not film_path(root, layout, film.image).exists():
+            findings = frozenset(film.findings)
+            pixels, lesions, lungs = render_film(anatomy, view=film.view, findings=findings, size=size, key=key, foci=film.foci)
+            pixels, marker = burn_marker(pixels, np.random.default_rng((*key, 97))) if film.marked else (pixels, None)
+            write_masks(root, film.image, lesions, lungs, marker)
+            write_film(root, layout, film, pixels)
+        rng = np.random.default_rng((*key, 99))
+        if layout == "rsna" and film.kind == "Lung Opacity":
+            parts = _parts(read_lesion_masks(root, film.image)["Pneumonia"])
+            parts = [part for part in parts if part.sum() >= 0.2 * parts[0].sum()]  # no reader boxes a speck beside an opacity
+            boxes += [(film.image, "Pneumonia", *_box(part, rng)) for part in parts]
+        elif layout == "nih" and film.test:
+            lesions = {name: mask for name, mask in read_lesion_masks(root, film.image).items() if name in BOXED}
+            boxes += [(film.image, name, *_box(_parts(mask)[0], rng)) for name, mask in lesions.items()]
     return boxes
 
 
@@ -207,30 +258,46 @@ def _prepare(root: Path, parameters: dict) -> bool:
     finished, unfinished = root / "phantom.json", root / "phantom.unfinished.json"
     if finished.exists():
         found = json.loads(finished.read_text())
-        if found != parameters:
+        # Format 1 knew one layout, no marker and no lungs; its films and tables are those of today.
+        earlier = {"format": 1} | {name: value for name, value in parameters.items() if name in ("n_films", "size", "seed", "floor")}
+        if found != parameters and (found != earlier or parameters["layout"] != "nih" or parameters["marker"]):
             raise ValueError(
                 f"{root} already holds a phantom with {found}, not the {parameters} asked for: choose another folder, or delete it"
             )
         return True
     if unfinished.exists():
         if json.loads(unfinished.read_text()) != parameters:
-            for folder in ("images", "masks"):
+            for folder in ("masks", *FOLDERS.values()):
                 shutil.rmtree(root / folder, ignore_errors=True)
+            for table in TABLES:
+                (root / table).unlink(missing_ok=True)
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} exists and is no phantom (it has no phantom.json): choose an empty or new folder")
-    for folder in ("images", "masks"):
+    for folder in ("masks", FOLDERS[parameters["layout"]]):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    _write(unfinished, json.dumps(parameters).encode())
+    write_file(unfinished, json.dumps(parameters).encode())
     return False
 
 
-def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, floor: float = FLOOR, workers: int | None = None) -> None:
-    """Write a simulated release in NIH layout, with exact lesion masks.
+def write_phantom(
+    root: str | Path,
+    *,
+    n_films: int,
+    size: int,
+    seed: int,
+    floor: float = FLOOR,
+    layout: str = "nih",
+    marker: str = "",
+    workers: int | None = None,
+) -> None:
+    """Write a simulated release, with exact masks of lesions, lungs and marker.
 
-    The files are Data_Entry_2017.csv, BBox_List_2017.csv (test films only, as in NIH), train_val_list.txt, test_list.txt,
-    images/*.png (8-bit), masks/*.png (16-bit, one bit a finding) and, last, phantom.json with the parameters. The content depends on the
-    parameters only, not on the number of workers. An interrupted call is continued by the next; a call for what is already there returns
-    at once.
+    Layout 'nih': Data_Entry_2017.csv, BBox_List_2017.csv (test films only, as in NIH), train_val_list.txt, test_list.txt, images/*.png
+    (8-bit). Layout 'rsna': stage_2_train_images/<patientId>.dcm (8-bit, not compressed), stage_2_train_labels.csv,
+    stage_2_detailed_class_info.csv; one film a patient, no split, boxes in pixels of a 1024 x 1024 film whatever `size` is, and nearly as
+    many a patient as in RSNA. Both: masks/*.png (16-bit, see `lib.data.phantom_files`), markers.csv (image, marked) where there is a marker
+    and, last, phantom.json with the parameters. The content depends on the parameters only, not on the number of workers. An interrupted
+    call is continued by the next; a call for what is already there returns at once, also for a release written before lungs were kept.
 
     Parameters
     ----------
@@ -238,7 +305,10 @@ def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, floor
     n_films : number of films, at least 20
     size : film side in pixels, at least 64
     seed : not negative
-    floor : least share of each split's films that carry a finding, in [0, 0.1]; 0 leaves NIH's own distribution
+    floor : layout 'nih': least share of each split's films that carry a finding, in [0, 0.1]; 0 leaves NIH's own distribution
+    layout : 'nih' or 'rsna'
+    marker : a finding or 'No Finding': a planted confounder. A technician's letter is burnt into 90 % of the films of this class and 2 % of
+        the others, beside the shoulder; the rest of each film is as without it. Empty: none
     workers : processes; default one per core, one for fewer than 200 films
 
     Raises
@@ -251,51 +321,31 @@ def write_phantom(root: str | Path, *, n_films: int, size: int, seed: int, floor
             raise ValueError(f"{name} is {value!r}: it must be a whole number of at least {least}")
     if not 0 <= floor <= 0.1:
         raise ValueError(f"floor is {floor!r}: it must lie between 0 and 0.1")
+    for name, value, known in (("layout", layout, tuple(FOLDERS)), ("marker", marker, ("", *CLASSES))):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}: it must be {' or '.join(map(repr, known))}")
     root = Path(root)
-    parameters = {"format": 1, "n_films": int(n_films), "size": int(size), "seed": int(seed), "floor": float(floor)}
+    parameters = {"format": 2, "n_films": int(n_films), "size": int(size), "seed": int(seed), "layout": layout, "marker": marker}
+    if layout == "nih":
+        parameters["floor"] = float(floor)
     if _prepare(root, parameters):
         return
     rng = np.random.default_rng((seed, 0))
-    films = _enrich(_draw_films(n_films, rng), floor, rng)
+    films = _draw_rsna(n_films, seed, rng) if layout == "rsna" else _enrich(_draw_films(n_films, rng), floor, rng).assign(foci=1)
+    films["marked"] = _marked(films, marker, seed)
     patients = [group for _, group in films.groupby("patient")]
-    task = partial(_write_patient, root=root, size=size, seed=seed)
+    task = partial(_write_patient, root=root, size=size, seed=seed, layout=layout)
     workers = workers or (1 if n_films < 200 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if workers == 1:
         boxes = [box for group in patients for box in task(group)]
     else:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             boxes = [box for found in pool.imap(task, patients, chunksize=8) for box in found]
-    _write_tables(root, films, boxes)
-    _write(root / "phantom.json", json.dumps(parameters).encode())
+    (write_rsna_tables if layout == "rsna" else write_nih_tables)(root, films, boxes)
+    if marker:
+        write_markers(root, layout, films)
+    write_file(root / "phantom.json", json.dumps(parameters).encode())
     (root / "phantom.unfinished.json").unlink(missing_ok=True)  # another process may have written the same phantom
-
-
-def _write_tables(root: Path, films: pd.DataFrame, boxes: list[tuple]) -> None:
-    width, height, spacing = zip(*(DETECTORS[d] for d in films["detector"]), strict=True)
-    labels = ["|".join(findings) or NO_FINDING for findings in films["findings"]]
-    values = [
-        films["image"],
-        labels,
-        films["follow_up"],
-        films["patient"],
-        films["age"],
-        films["sex"],
-        films["view"],
-        width,
-        height,
-        spacing,
-        spacing,
-    ]
-    table = pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
-    # NIH's header splits two names at a comma, so joined by commas it reads as released.
-    rows = "\n".join([",".join(COLUMNS)] + table.to_csv(index=False, header=False, lineterminator="\n").splitlines()) + "\n"
-    _write(root / "Data_Entry_2017.csv", rows.encode())
-    lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,"] + [
-        ",".join([image, name, *(f"{v:.6f}" for v in box)]) for image, name, *box in boxes
-    ]
-    _write(root / "BBox_List_2017.csv", ("\n".join(lines) + "\n").encode())
-    for name, rows in (("train_val_list.txt", ~films["test"]), ("test_list.txt", films["test"])):
-        _write(root / name, ("\n".join(films.loc[rows, "image"]) + "\n").encode())
 
 
 def read_lesion_masks(root: str | Path, image: str) -> dict[str, np.ndarray]:
@@ -304,7 +354,7 @@ def read_lesion_masks(root: str | Path, image: str) -> dict[str, np.ndarray]:
     Parameters
     ----------
     root : folder of `write_phantom`
-    image : film name, 'xxx.png'
+    image : film, 'xxx.png' or, in RSNA's layout, its patientId
 
     Returns
     -------
@@ -313,12 +363,24 @@ def read_lesion_masks(root: str | Path, image: str) -> dict[str, np.ndarray]:
     Raises
     ------
     FileNotFoundError : neither a mask nor a film of that name is there
+    lib.data.nih.ReleaseError : the mask file is damaged
     """
-    path = Path(root) / "masks" / image
-    if not path.exists():
-        if not (Path(root) / "images" / image).exists():
-            raise FileNotFoundError(f"{path}: no film {image!r} in the phantom {root}")
-        return {}
-    bits = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    bits = read_masks(Path(root), image)
     masks = {name: (bits >> index) & 1 == 1 for index, name in enumerate(FINDINGS)}
     return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def read_lung_mask(root: str | Path, image: str) -> np.ndarray:
+    """The two lung fields of a film as its patient has them, behind heart and findings too, bool (size, size).
+
+    Arguments and errors are those of `read_lesion_masks`; also a `ReleaseError` for a release that was written before lungs were kept.
+    """
+    lungs = (read_masks(Path(root), image) >> LUNGS) & 1 == 1
+    if not lungs.any():
+        raise ReleaseError(f"{root} was written before lungs were kept ({image} has none): delete the folder and write the phantom anew")
+    return lungs
+
+
+def read_marker_mask(root: str | Path, image: str) -> np.ndarray:
+    """The pixels that a planted marker changed, bool (size, size), all False for a film without one. As `read_lesion_masks` otherwise."""
+    return (read_masks(Path(root), image) >> MARKER) & 1 == 1

@@ -3,6 +3,8 @@
 Lengths are film widths: a thorax of 30 cm is about 0.7.
 """
 
+from functools import partial
+
 import cv2
 import numpy as np
 
@@ -199,9 +201,17 @@ def _pleural_thickening(s: Scene, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def _pneumonia(s: Scene, rng: np.random.Generator) -> np.ndarray:
-    """A segment, wedge-shaped from the hilum to the wall, of confluent cotton-wool shadows."""
+def _pneumonia(s: Scene, rng: np.random.Generator, foci: int = 1) -> np.ndarray:
+    """A segment of confluent cotton-wool shadows, or `foci` of them on alternate sides."""
     side = _sides(rng, 0)[0]
+    mask = np.zeros_like(s.lung)
+    for focus in range(foci):
+        mask |= _segment(s, rng, -side if focus % 2 else side)
+    return mask
+
+
+def _segment(s: Scene, rng: np.random.Generator, side: int) -> np.ndarray:
+    """Wedge-shaped from the hilum to the wall."""
     hx, hy = s.hilum(side)
     direction = rng.choice([-0.75, 0.1, 0.75]) + rng.normal(0, 0.12)
     angle = np.arctan2(s.y - hy, side * (s.x - hx))
@@ -249,8 +259,8 @@ SIGNS = {
 
 
 def render_film(
-    patient: Anatomy, *, view: str, findings: frozenset[str], size: int, key: tuple[int, ...]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    patient: Anatomy, *, view: str, findings: frozenset[str], size: int, key: tuple[int, ...], foci: int = 1
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
     """Draw one film.
 
     Parameters
@@ -260,14 +270,19 @@ def render_film(
     findings : names of `SIGNS`
     size : film side in pixels
     key : integers that seed this film; every finding draws from its own stream, so adding one leaves the rest of the film as it was
+    foci : number of segments that Pneumonia takes
 
     Returns
     -------
     film : uint8 (size, size)
     masks : dict of finding to bool (size, size), the pixels it occupies on this film
+    lungs : bool (size, size), the two lung fields on this film, also where heart or findings lie over them
     """
+    signs = SIGNS | {"Pneumonia": partial(_pneumonia, foci=foci)}
     streams = {name: np.random.default_rng((*key, 2 + index)) for index, name in enumerate(SIGNS)}
     scene = Scene(film_anatomy(patient, np.random.default_rng((*key, 0)), view, findings, streams), size)
-    masks = {name: SIGNS[name](scene, streams[name]) for name in SIGNS if name in findings}
+    masks = {name: signs[name](scene, streams[name]) for name in SIGNS if name in findings}
     rng = np.random.default_rng((*key, 1))
-    return expose(compose(scene, rng), masks, rng, view)
+    film, masks = expose(compose(scene, rng), masks | {"lungs": scene.lung}, rng, view)
+    lungs = masks.pop("lungs")
+    return film, masks, lungs

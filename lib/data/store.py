@@ -1,4 +1,4 @@
-"""The store: every film decoded once into a uint8 memory map, so that a training item is a slice and not a PNG."""
+"""The store: every film decoded once into a uint8 memory map, so that a training item is a slice and not a file."""
 
 import contextlib
 import errno
@@ -85,7 +85,7 @@ def open_store(
     One process builds; others that open the same folder meanwhile wait and reuse.
 
     Pixels: colour and transparency are dropped (grey by ITU-R 601; alpha ignored), 16-bit films are scaled by their full range
-    (divided by 257), shrinking averages over areas, enlarging is bilinear.
+    (divided by 257), shrinking averages over areas, enlarging is bilinear. What DICOM films become: `lib.data.decoding.decode_film`.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def open_store(
         Decoding processes; default the CPUs this process may use. With 1, decoding happens in this process. More are started by spawning,
         so a script must call this below `if __name__ == "__main__":`.
     on_unreadable : 'error' or 'skip'
-        What to do when films turn out unreadable (not a PNG, truncated, damaged, not square): 'error' decodes all others, then raises
+        What to do when films turn out unreadable (not PNG or DICOM, truncated, damaged, not square): 'error' decodes all others, then raises
         naming them; 'skip' finishes the store without them and lists them in `Store.unreadable`.
 
     Raises
@@ -341,7 +341,7 @@ def _decode_chunk(task: tuple) -> tuple[list[int], dict[int, str]]:
     try:
         for row, path in films:
             try:
-                pixels = decode_film(Path(path).read_bytes(), size)
+                pixels = decode_film(Path(path).read_bytes(), size, os.path.splitext(path)[1])
             except (OSError, ValueError) as error:
                 failed[row] = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
                 continue

@@ -1,0 +1,346 @@
+"""The lens of the integrated feature analysis (Li et al.): streams films through the CAM family, the common scale and the importance matrix.
+
+Where the head pools the layer and is linear, all classes and gradient methods cost one forward pass; any other layer goes by
+`model_cams.model_cams`, with one backward pass a class.
+"""
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lib.analysis import cam, consistency
+from lib.analysis.inference import Output, stream
+from lib.analysis.integrated import (
+    ActivationDistribution,
+    Importance,
+    ImportanceMatrix,
+    carriers,
+    film_distances,
+    linear_scale,
+    overlap,
+    participation,
+    select_features,
+    tanh_scale,
+)
+from lib.analysis.lenses import pooled_maps
+from lib.analysis.model_cams import Cams, model_cams
+from lib.analysis.statistics import patient_replicates
+
+ALL = {"all": None}
+GRADIENT = ("grad", "hires", "gradpp", "xgrad")  # the four that the paper has numbers for
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over many films leaves: of each method its `importance` and the `distribution` of its class activations; of the films
+    their `rows` (N,) and `logits` float32 (N, M)."""
+
+    importance: Mapping[str, Importance]
+    distribution: Mapping[str, ActivationDistribution]
+    rows: np.ndarray
+    logits: np.ndarray
+
+
+def film_cams(model: nn.Module, batches: Iterable, layer: str, methods: Sequence[str], *, masks: Mapping[str, Mapping[str, Tensor] | None] = ALL,
+              token_grid: Sequence[int] = (), classes: Sequence[int] | None = None,
+              progress: bool = False) -> Iterator[tuple[object, Output, dict[tuple[str, str], Cams]]]:
+    """The batches one by one, each with the outputs of the model and the raw maps of every method.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Gives logits (B, M).
+    batches : iterable
+        With fields `rows` (B,) and `images` (B, channels, S, S), on the model's device.
+    layer : str
+        Module whose maps are read.
+    methods : sequence of str
+        Of `model_cams.METHODS`.
+    masks : mapping of a name to (mapping of method to 0/1 (F,) or (C, F), or None)
+        Channels that make up the maps (FS-CAM, eq. 5), under any number of names; None: all channels.
+    token_grid : (rows, columns), optional
+        See `inference.stream`.
+    classes : sequence of int, optional
+        Outputs to explain; all of them by default.
+    progress : bool
+        Show a progress bar over the films of the perturbation methods.
+
+    Yields
+    ------
+    batch, Output, dict of (method, name of the mask) to Cams
+    """
+    head = getattr(model, "head", None)
+    for batch in batches:
+        [output] = stream(model, [batch], [layer], token_grid)
+        chosen = list(range(output.logits.shape[1])) if classes is None else list(classes)
+        pooled, found = _is_pooled(output, layer, head), {}
+        for method, name in product(methods, masks):
+            mask = None if masks[name] is None else torch.as_tensor(masks[name][method])
+            if pooled and method in cam.METHODS:
+                weights, maps = head.weight.detach()[chosen], output.maps[layer]
+                raw = cam.class_activation_maps(maps, weights, method, features=mask)
+                found[method, name] = Cams(raw, cam.channel_contributions(maps, weights, method), output.logits)
+            else:
+                # One seed per film: noise belongs to the film, not to its place in a batch.
+                found[method, name] = model_cams(model, batch.images, layer, chosen, method, mask, token_grid=tuple(token_grid) or None,
+                                                 seed=np.asarray(batch.rows).tolist(), progress=progress)
+        yield batch, output, found
+
+
+def _is_pooled(output: Output, layer: str, head: object) -> bool:
+    weight = getattr(head, "weight", None)
+    if not isinstance(head, nn.Linear) or output.maps[layer].shape[1] != weight.shape[1]:
+        return False
+    try:
+        pooled_maps(output, layer, weight.detach())
+    except ValueError:
+        return False
+    return True
+
+
+def survey(model: nn.Module, batches: Iterable, targets: np.ndarray, classes: Sequence[str], layer: str, methods: Sequence[str] = GRADIENT, *,
+           size: int | None = None, token_grid: Sequence[int] = ()) -> Survey:
+    """One pass over films: importance matrices, logits and, where `size` is given, the distribution of class activations.
+
+    Parameters
+    ----------
+    model, batches, layer, methods, token_grid
+        As in `film_cams`.
+    targets : 0/1 (N_all, C)
+        Labels, by film row.
+    classes : sequence of str
+    size : int, optional
+        Side of the films in pixels: maps are resampled to it before their values are counted (the paper's order). Default: none are counted.
+
+    Raises
+    ------
+    ValueError
+        No films.
+    """
+    matrices = {method: ImportanceMatrix(classes) for method in methods}
+    distributions = {method: ActivationDistribution(classes, size) for method in methods if size}
+    rows, logits = [], []
+    for batch, output, cams in film_cams(model, batches, layer, methods, token_grid=token_grid):
+        rows.append(np.asarray(batch.rows))
+        logits.append(output.logits.cpu().numpy())
+        for (method, _), found in cams.items():
+            matrices[method].update(found.contributions, targets[rows[-1]])
+            if size:
+                distributions[method].update(found.maps)
+    if not rows:
+        raise ValueError("no films to survey: the split is empty")
+    return Survey({method: matrix.result() for method, matrix in matrices.items()}, distributions, np.concatenate(rows), np.concatenate(logits))
+
+
+def common_scale(distribution: ActivationDistribution, kind: str = "tanh", bounds: str = "pixels") -> tuple[np.ndarray, np.ndarray]:
+    """alpha and beta of each class, float64 (C,) (eq. 2). `kind`: 'tanh' or 'linear'; `bounds`: 'pixels' or 'image_extremes' (A40, A41).
+
+    A class whose activations do not vary has NaN in both.
+    """
+    low, high = distribution.percentiles((10, 90)).value if bounds == "pixels" else distribution.image_extremes()
+    varies = high > low
+    scale = tanh_scale if kind == "tanh" else linear_scale
+    alpha, beta = (np.full(len(low), np.nan) for _ in range(2))
+    if varies.any():
+        names = [name for name, good in zip(distribution.classes, varies) if good]
+        alpha[varies], beta[varies] = scale(low[varies], high[varies], classes=names)
+    return alpha, beta
+
+
+def activation_sums(model: nn.Module, batches: Iterable, layer: str, selected: int, scales: Mapping[str, tuple[np.ndarray, np.ndarray]], size: int, *,
+                    kind: str = "tanh", features: Mapping[str, np.ndarray] | None = None, token_grid: Sequence[int] = ()) -> pd.DataFrame:
+    """Sum of the class activations of each film for one class, by method and scale, with the class's logit (sec. III-B).
+
+    Parameters
+    ----------
+    selected : int
+        Output whose maps are summed.
+    scales : mapping of method to (alpha, beta)
+        Of `common_scale`; the methods to look at.
+    features : mapping of method to 0/1 (F,), optional
+        Besides the maps of all features those of these alone, on the same scale.
+
+    Returns
+    -------
+    DataFrame
+        A row per film, method, features ('all', 'principal') and scale ('individual', 'common_raw', 'common_tanh'): row, method, features, scale,
+        activation, logit.
+    """
+    masks, parts = _named(features), []
+    for batch, output, cams in film_cams(model, batches, layer, list(scales), masks=masks, token_grid=token_grid, classes=[selected]):
+        logit = output.logits[:, selected].cpu().numpy()
+        for (method, label), found in cams.items():
+            alpha, beta = (values[selected] for values in scales[method])
+            sums = consistency.class_totals(found.maps, alpha, beta, size, kind=kind)
+            for scale, name in (("individual", "individual"), ("raw", "common_raw"), ("scaled", "common_tanh")):
+                parts.append(pd.DataFrame({"row": np.asarray(batch.rows), "method": method, "features": label, "scale": name,
+                                           "activation": sums[scale][:, 0], "logit": logit}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def consistency_table(sums: pd.DataFrame, patients: Mapping[int, str], n_replicates: int, seed: int = 0) -> pd.DataFrame:
+    """Correlation of activation sums with logits, a row per method, features and scale, with the interval over patients of the chosen one.
+
+    `sums` : of `activation_sums`. `patients` : of each film row. Columns: method, features, scale, pearson, spearman, normal, chosen, n, ci_low,
+    ci_high, note.
+    """
+    rows = []
+    for (method, label, scale), part in sums.groupby(["method", "features", "scale"], sort=False):
+        found = consistency.consistency(part["activation"], part["logit"])
+        low, high = _interval(part, patients, found.used, n_replicates, seed)
+        rows.append((method, label, scale, found.pearson, found.spearman, found.normal, found.used or "spearman", found.n, low, high, found.note))
+    names = ["method", "features", "scale", "pearson", "spearman", "normal", "chosen", "n", "ci_low", "ci_high", "note"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _interval(part: pd.DataFrame, patients: Mapping[int, str], used: str, n_replicates: int, seed: int) -> tuple[float, float]:
+    if not n_replicates or not used:
+        return np.nan, np.nan
+    pair = part[["activation", "logit"]]
+    values = (pair.rank() if used == "spearman" else pair).to_numpy(np.float64)
+    owner = np.array([patients[row] for row in part["row"]])
+    draws = patient_replicates(owner, n_replicates, seed)
+    weights = draws.counts[:, draws.patient].astype(np.float64)
+    mean = weights @ values / weights.sum(1, keepdims=True)
+    square = weights @ values**2 / weights.sum(1, keepdims=True) - mean**2
+    both = weights @ values.prod(1) / weights.sum(1) - mean.prod(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        drawn = both / np.sqrt(square.prod(1))
+    return tuple(np.nanpercentile(drawn, [2.5, 97.5])) if np.isfinite(drawn).any() else (np.nan, np.nan)
+
+
+def masking_effect(model: nn.Module, batches: Iterable, layer: str, selected: int, methods: Sequence[str], *, features: Mapping[str, np.ndarray] | None = None,
+                   softmax: bool = False, token_grid: Sequence[int] = ()) -> pd.DataFrame:
+    """Confidence in one class before and after the film is multiplied by its map (sec. III-A), for the CAM and the FS-CAM of each method.
+
+    Returns
+    -------
+    DataFrame
+        A row per method and features ('all', 'principal'): method, features, metric ('average_increase', 'average_drop'), value in %, n, n_zero.
+    """
+    confidence = (lambda logits: logits.double().softmax(1)) if softmax else (lambda logits: logits.double().sigmoid())
+    seen: dict[tuple[str, str], list[Tensor]] = {}
+    for batch, output, cams in film_cams(model, batches, layer, methods, masks=_named(features), token_grid=token_grid, classes=[selected]):
+        before, done = confidence(output.logits)[:, selected], []
+        for key, found in cams.items():
+            films = consistency.masked_films(batch.images, found.maps[:, 0])
+            # Behind a pooled linear head several methods give one map: what has been asked of the model is not asked again.
+            after = next((answer for asked, answer in done if torch.allclose(asked, films, rtol=0, atol=1e-5)), None)
+            if after is None:
+                with torch.inference_mode():
+                    after = confidence(model(films))[:, selected]
+                done.append((films, after))
+            seen.setdefault(key, []).append(torch.stack([before, after]).cpu())
+    rows = []
+    for (method, label), parts in seen.items():
+        effect = consistency.increase_and_drop(*torch.cat(parts, 1).numpy())
+        rows += [(method, label, "average_increase", effect.increase, effect.n, 0),
+                 (method, label, "average_drop", effect.drop, effect.n - effect.n_zero, effect.n_zero)]
+    return pd.DataFrame(rows, columns=["method", "features", "metric", "value", "n", "n_zero"])
+
+
+def _named(features: Mapping[str, np.ndarray] | None) -> dict:
+    return ALL if features is None else {**ALL, "principal": features}
+
+
+def logits_with(model: nn.Module, batches: Iterable, layer: str, masks: Mapping[Hashable, np.ndarray], *,
+                token_grid: Sequence[int] = ()) -> dict[Hashable, np.ndarray]:
+    """Logits float32 (N, M) of some features only: the others are set to zero at the layer, and the forward pass goes on (sec. III-C).
+
+    `masks` : under any names 0/1 (F,), or (M, F) with a choice for each logit, which a layer that is pooled and followed by one linear layer
+    allows. There they all cost one forward pass; elsewhere one each.
+    """
+    head, parts = getattr(model, "head", None), {name: [] for name in masks}
+    for batch in batches:
+        [output] = stream(model, [batch], [layer], token_grid)
+        pooled = output.maps[layer].mean((2, 3)) if _is_pooled(output, layer, head) else None
+        for name, mask in masks.items():
+            if pooled is not None:
+                logits = consistency.masked_logits(pooled, head.weight.detach(), head.bias.detach(), mask)
+            elif np.ndim(mask) == 1:
+                with consistency.masked_layer(model, layer, mask, axis=-1 if len(token_grid) else 1):
+                    logits = next(stream(model, [batch])).logits
+            else:
+                raise ValueError(f"layer {layer} is not pooled by a linear head, so all logits share one choice of features: give masks (F,)")
+            parts[name].append(logits.float().cpu().numpy())
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def outliers(model: nn.Module, batches: Iterable, targets: np.ndarray, importance: np.ndarray, classes: Sequence[str], layer: str, method: str = "grad", *,
+             token_grid: Sequence[int] = ()) -> pd.DataFrame:
+    """Films whose features differ from their class's column of the importance matrix, the strangest first: row, class, distance, logit.
+
+    `importance` : float (F, C), `Importance.own` of training films. `distance` : see `integrated.film_distances`.
+    """
+    parts = []
+    for batch, output, cams in film_cams(model, batches, layer, [method], token_grid=token_grid):
+        rows = np.asarray(batch.rows)
+        distance = film_distances(cams[method, "all"].contributions, targets[rows], importance)
+        film, label = np.nonzero(np.isfinite(distance))
+        parts.append(pd.DataFrame({"row": rows[film], "class": [classes[c] for c in label], "distance": distance[film, label],
+                                   "logit": output.logits.cpu().numpy()[film, label]}))
+    return pd.concat(parts).sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+
+
+def carried(importance: np.ndarray, classes: Sequence[str], principal_share: float) -> pd.DataFrame:
+    """How many features carry each class, and how far classes share them: class, n_features80, participation, overlap.
+
+    `overlap` : mean Jaccard index of the class's principal features (the top `principal_share`) with those of every other class.
+    """
+    shared = overlap(select_features(importance, principal_share))
+    np.fill_diagonal(shared, np.nan)
+    others = np.isfinite(shared).sum(1)
+    return pd.DataFrame({"class": list(classes), "n_features80": carriers(importance).sum(0), "participation": participation(importance),
+                         "overlap": np.divide(np.nansum(shared, 1), others, out=np.full(len(shared), np.nan), where=others > 0)})
+
+
+def responses(model: nn.Module, batches: Iterable, layer: str, selected: int, mask: np.ndarray, *, size: int, top: int = 6, method: str = "grad",
+              token_grid: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """What some features respond to: the films on which their weighted maps for a class add most, the most first.
+
+    Parameters
+    ----------
+    mask : 0/1 (F,)
+        The features, such as one suspected confounder.
+    size, top : int
+        Side of the maps returned, and how many films.
+
+    Returns
+    -------
+    rows : int (K,)
+        Of the films.
+    maps : float32 (K, size, size)
+        Signed: the features times their weights, summed.
+    """
+    best: list[tuple[float, int, np.ndarray]] = []
+    only = {"these": {method: torch.as_tensor(mask)[None]}}
+    for batch, _, cams in film_cams(model, batches, layer, [method], masks=only, classes=[selected], token_grid=token_grid):
+        maps = cams[method, "these"].maps[:, 0]
+        best += list(zip(maps.sum((1, 2)).tolist(), np.asarray(batch.rows).tolist(), cam.resize(maps, size).cpu().numpy()))
+        best = sorted(best, key=lambda item: -item[0])[:top]
+    return np.array([row for _, row, _ in best]), np.stack([maps for _, _, maps in best])
+
+
+def importance_frame(train: Survey, test: Survey, classes: Sequence[str]) -> pd.DataFrame:
+    """The importance matrices as a table: class, feature, method, and `train`, `test` (eq. 3), `train_own`, `test_own` (eq. 4)."""
+    parts = []
+    for method, here in train.importance.items():
+        n_features, n_classes = here.all.shape
+        there = test.importance[method]
+        parts.append(pd.DataFrame({"class": np.repeat(list(classes), n_features), "feature": np.tile(np.arange(n_features), n_classes), "method": method,
+                                   "train": here.all.T.ravel(), "test": there.all.T.ravel(),
+                                   "train_own": here.own.T.ravel(), "test_own": there.own.T.ravel()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def importance_curve(importance: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
+    """Share of each class's positive importance that its k most important features hold: class, k, share."""
+    positive = np.sort(np.maximum(importance, 0), axis=0)[::-1].cumsum(0)
+    total = positive[-1:]
+    share = np.divide(positive, total, out=np.full(positive.shape, np.nan), where=total > 0)
+    n_features, n_classes = share.shape
+    return pd.DataFrame({"class": np.repeat(list(classes), n_features), "k": np.tile(np.arange(1, n_features + 1), n_classes), "share": share.T.ravel()})

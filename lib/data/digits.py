@@ -1,0 +1,127 @@
+"""Scikit-learn's handwritten digits as a release: 1,797 real images that come with the library, to run the analyses beyond chest films."""
+
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from lib.data.nih import DIGITS, FILM_COLUMNS, Release
+from lib.data.nih_files import ReleaseError, box_frame, find_file, problem_frame, read_lines, require, some
+from lib.data.rsna import draw_splits
+
+TABLE = "digits.csv"
+SIDE = 8  # values along a side of the data
+TEST_FRACTION = 0.3
+_BRIGHTEST = 16
+
+
+def write_digits(root: str | Path, *, size: int = 32) -> None:
+    """Write the digits as 8-bit PNG files images/digit_0000.png ... , digits.csv (image, label) and, last, digits.json.
+
+    The data are 8 x 8 values 0 to 16, each a count of ink in one 4 x 4 block of a 32 x 32 drawing. They are scaled to 0 to 255 (bright is ink)
+    and enlarged by nearest neighbour, which puts each count back over its block: no grey is invented, none overshoots, and averaging the
+    blocks returns the data.
+
+    An interrupted call is continued by the next; a call for what is already there returns at once.
+
+    Parameters
+    ----------
+    root : folder, new or empty or of an earlier call
+    size : side of the images in pixels, a multiple of 8
+
+    Raises
+    ------
+    ValueError : another size, or finished digits of another size in `root`
+    FileExistsError : `root` holds something else
+    """
+    if isinstance(size, bool) or size != int(size) or size < SIDE or size % SIDE:
+        raise ValueError(f"size is {size!r}: it must be a multiple of {SIDE} pixels")
+    root = Path(root)
+    finished, unfinished, parameters = root / "digits.json", root / "digits.unfinished.json", {"format": 1, "size": int(size)}
+    if finished.exists():
+        if json.loads(finished.read_text()) != parameters:
+            found = finished.read_text()
+            raise ValueError(f"{root} already holds digits with {found}, not the {parameters} asked for: choose another folder, or delete it")
+        return
+    if not unfinished.exists() and root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(f"{root} exists and holds no digits (it has no digits.json): choose an empty or new folder")
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    _write(unfinished, json.dumps(parameters).encode())
+
+    from sklearn.datasets import load_digits  # here: seconds, and only the first call needs it
+
+    data = load_digits()
+    names = [f"digit_{i:04d}.png" for i in range(len(data.target))]
+    pixels = np.floor(data.images * (255 / _BRIGHTEST) + 0.5).astype(np.uint8)
+    for name, image in zip(names, pixels, strict=True):
+        enlarged = cv2.resize(image, (size, size), interpolation=cv2.INTER_NEAREST)
+        _write(root / "images" / name, cv2.imencode(".png", enlarged)[1].tobytes())
+    rows = [f"{name},{label}" for name, label in zip(names, data.target, strict=True)]
+    _write(root / TABLE, "\n".join(["image,label", *rows, ""]).encode())
+    _write(finished, json.dumps(parameters).encode())
+    unfinished.unlink(missing_ok=True)
+
+
+def read_digits(root: str | Path, *, validation_fraction: float, seed: int) -> Release:
+    """Read the folder of `write_digits` as a release of ten classes, '0' to '9', one per image.
+
+    The data do not say who wrote which digit: each image counts as a patient of its own, so writers may be on both sides of the split, and
+    intervals over patients are intervals over images. There are no boxes, ages, sexes or views (NaN and '').
+
+    Parameters
+    ----------
+    validation_fraction : float in (0, 1)
+        Share of the training images (70 % of all) that becomes the validation split; every digit is divided on its own.
+    seed : int
+        Of the draw.
+
+    Raises
+    ------
+    ReleaseError
+        The folder was not written to the end, or its table or images are damaged or missing.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1, both excluded")
+    root = Path(root).expanduser().resolve()
+    if not root.is_dir():
+        raise ReleaseError(f"{root} is not a folder; write the digits there with write_digits (data_root empty does that)")
+    find_file(root, "digits.json")  # written last
+    path = find_file(root, TABLE)
+    lines = read_lines(path)
+    if not lines or lines[0][1] != ["image", "label"]:
+        raise ReleaseError(f"{path} must begin with 'image,label'; delete {root} to have it written again")
+    wrong = [(number, cells) for number, cells in lines[1:] if len(cells) != 2 or cells[1] not in DIGITS]
+    faults = [f"row {number} is {','.join(cells)!r}, not an image and a digit" for number, cells in wrong]
+    require(faults, path, "Delete the folder to have it written again.")
+    images, labels = ([cells[column] for _, cells in lines[1:]] for column in (0, 1))
+    there = set(os.listdir(root / "images")) if (root / "images").is_dir() else set()
+    missing = [name for name in images if name not in there]
+    if missing:
+        raise ReleaseError(f"{len(missing)} images of {path} are missing from images/: {some(missing)}. Delete {root} to have it written again.")
+    few = [digit for digit in DIGITS if labels.count(digit) < 3]
+    if few or len(set(images)) < len(images):
+        raise ReleaseError(f"{path} names an image twice, or has fewer than 3 of a digit; delete {root} to have it written again")
+    films = pd.DataFrame(
+        {
+            "image": images,
+            "patient": images,
+            "age": np.nan,
+            "sex": "",
+            "view": "",
+            "follow_up": 0,
+            "labels": labels,
+            "split": draw_splits(images, labels, test_fraction=TEST_FRACTION, validation_fraction=validation_fraction, seed=seed),
+            "path": [str(root / "images" / name) for name in images],
+        }
+    )
+    dtypes = {name: "str" for name in FILM_COLUMNS} | {"age": float, "follow_up": int}
+    return Release(root, films.astype(dtypes)[list(FILM_COLUMNS)], box_frame([]), problem_frame([]), DIGITS)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,425 @@
+"""Tables I to IV of Li et al., ours beside the paper's row of one of its data sets, and what the numbers say in words.
+
+Tidy frames in. The columns that identify a row, where a table has them:
+
+    class     optional, the selected class, where there are several     features  'all', 'principal', 'non_principal'
+    method    the ids of CAMS, or any other                             metric    as said at the table
+    scale     'individual', 'common_raw' (the signed maps are summed as they are) or 'common_tanh' (their values on the common scale)
+
+Further columns are n (films) and ci_low, ci_high (the 95 % interval; optional, NaN: none). Rows that are not there become dashes; methods the
+paper prints no numbers for come after its four.
+"""
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib.tables.khakzar import _number_text, _range, _tex, long_metrics
+from lib.tables.names import METRICS, MISSING, ordered
+
+CAMS = {"grad": "Grad", "hires": "Pixel-wise Grad", "gradpp": "Grad++", "xgrad": "XGrad", "cam": "CAM", "layer": "Layer", "score": "Score",
+        "smooth_gradpp": "Smooth Grad++", "ss": "SS", "is": "IS"}
+SCALES = {"individual": "Individual scale", "common_raw": "Common scale, raw sum", "common_tanh": "Common scale, tanh"}
+FEATURES = {"all": "All", "principal": "Principal", "non_principal": "Non-principal"}
+_PRINTED = {"grad": "grad_cam", "hires": "pixelwise_grad_cam", "gradpp": "grad_cam_pp", "xgrad": "xgrad_cam"}  # the rest has no numbers in the paper
+_COEFFICIENTS = {"pearson": "Pearson", "spearman": "Spearman"}
+_CHANGES = {"average_increase": "Average increase (%)", "average_drop": "Average drop (%)"}
+_CORRELATION = ("Bold: the coefficient of the paper's rule, Pearson where Henze and Zirkler's test does not reject a bivariate normal distribution "
+                "at 0.05, else Spearman.")
+_RAW = ("Raw sum: of the signed maps before the tanh, as the authors' code computes it, so the paper's S- value stands there; tanh: of the scaled "
+        "values, as the paper words it.")
+_TABLES = {
+    1: {"file": "li_table1_consistency.csv", "label": "consistency", "decimals": 3, "roman": "I",
+        "title": "Consistency: correlation over films of the sum of class activations with the logit of the selected class",
+        "notes": f"{_CORRELATION} Individual scale: negative values dropped, each map scaled to its own 0 to 1. {_RAW} Where the head is pooling and "
+                 "one linear layer, the raw sum of CAM, Grad, XGrad and pixel-wise Grad is the logit up to constants, so there a 1 is an identity."},
+    2: {"file": "li_table2_masked_accuracy.csv", "label": "masked-features", "decimals": 3, "roman": "II",
+        "title": "Performance with principal and with all other features only",
+        "notes": "The features left out are set to zero at the target layer and the forward pass goes on; no mask depends on a film's own label."},
+    3: {"file": "li_table3_feature_selection.csv", "label": "selected-consistency", "decimals": 3, "roman": "III",
+        "title": "Consistency with the logit on the common scale, of maps of all features (S-) and of the principal ones (FS-S-)",
+        "notes": f"{_CORRELATION} {_RAW} FS-S- maps are scaled by P10 and P90 of the maps of all features."},
+    4: {"file": "li_table4_localisation_change.csv", "label": "increase-drop", "decimals": 2, "roman": "IV",
+        "title": "Average increase (higher is better) and average drop (lower is better) of the confidence when the film is multiplied by its map",
+        "notes": "Maps scaled to their own 0 to 1, without a threshold; films of confidence 0 do not count in the drop. Change: 100 (FS-CAM - CAM) / "
+                 "CAM, none where CAM has 0."},
+}
+_KEY = {1: ["class", "method", "scale"], 2: ["class", "metric", "features"], 3: ["class", "method", "scale", "features"],
+        4: ["class", "method", "metric", "features"]}
+_COLUMNS = {  # of the printed table: the last part of the key, and what heads it
+    1: {(scale,): (name,) for scale, name in SCALES.items()},
+    2: {(features,): (f"{name} features",) for features, name in FEATURES.items()},
+    3: {(scale, features): (SCALES[scale], name) for scale in ("common_raw", "common_tanh")
+        for features, name in (("all", "S-"), ("principal", "FS-S-"))},
+    4: {(metric, features): (title, name) for metric, title in _CHANGES.items() for features, name in (("all", "CAM"), ("principal", "FS-CAM"),
+                                                                                                     ("change", "Change"))},
+}
+
+
+def read_published(number: int) -> pd.DataFrame:
+    """Table 1 to 4 as Li et al. print it, a row per number. Tables 2 and 4: the X-rays only."""
+    return pd.read_csv(Path(__file__).parents[1] / "published" / _TABLES[number]["file"])
+
+
+def table1(consistency: pd.DataFrame, *, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
+    """Table I, how well the sum of class activations follows the logit, on individual and on common scales.
+
+    Parameters
+    ----------
+    consistency : [class], method, scale, pearson, spearman, normal (bool, the test for a bivariate normal does not reject), chosen ('pearson' or
+        'spearman', the coefficient the paper's rule takes; '' or NaN: neither exists), n, and optionally ci_low, ci_high of the chosen one,
+        and features: then only the rows 'all' count.
+    dataset : the paper's row to put beside, e.g. 'X-rays' or 'MNIST'.
+    data_label : what ours were measured on, e.g. 'Simulated phantom films, not patients'.
+
+    Returns
+    -------
+    DataFrame, a row a cell in the paper's order: table (1), data, dataset, class, method, scale, pearson, spearman, normal, chosen, value (the
+    chosen coefficient), ci_low, ci_high, n, paper. NaN where there is no row, or the paper has no number.
+
+    Raises
+    ------
+    ValueError : empty data_label, a data set the paper does not have, missing columns, unknown ids, or a row given twice.
+    """
+    if "features" in consistency:
+        consistency = consistency[consistency["features"] == "all"]
+    return _consistency(1, consistency, dataset, data_label, "")
+
+
+def table2(masked: pd.DataFrame, *, selection: str, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
+    """Table II, what the classifier can do with its principal features only, and with all others only.
+
+    Parameters
+    ----------
+    masked : [class], features ('all', 'principal', 'non_principal'), n_features, n, and auroc or accuracy or both, each with its
+        <name>_ci_low and <name>_ci_high (optional).
+    selection : how the principal features were chosen, e.g. 'the top 5 % of the importance matrix for any class'.
+    dataset, data_label : as for `table1`; the paper's numbers are accuracies.
+
+    Returns
+    -------
+    DataFrame: table (2), data, dataset, selection, class, metric, features, value, ci_low, ci_high, n, n_features, paper.
+
+    Raises
+    ------
+    ValueError : as `table1`, or an empty selection.
+    """
+    names = tuple(name for name in ("auroc", "accuracy") if name in masked)
+    if not names:
+        raise ValueError(f"the frame has neither a column auroc nor accuracy; it has {', '.join(map(str, masked.columns))}")
+    frame = _checked(2, long_metrics(masked, names), ["n_features", "n"])
+    printed = read_published(2).replace({"features": {"principal_top5pct": "principal"}}).query("dataset == @dataset")
+    paper = {("accuracy", row.features): row.accuracy for row in printed.itertuples()}
+    columns = ["value", "ci_low", "ci_high", "n", "n_features"]
+    return _assembled(2, frame, [list(names), list(FEATURES)], columns, paper, dataset, data_label, selection)
+
+
+def table3(consistency: pd.DataFrame, *, selection: str, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
+    """Table III, consistency of the S-CAMs of all and of the principal features.
+
+    `consistency` : as for `table1`, with features 'all' or 'principal'; rows of the individual scale do not count. `selection` : as for
+    `table2`. Columns and errors as for `table1`, with selection and features.
+    """
+    if "scale" in consistency and "features" in consistency:
+        consistency = consistency[(consistency["scale"] != "individual") & (consistency["features"] != "non_principal")]
+    return _consistency(3, consistency, dataset, data_label, selection)
+
+
+def table4(localisation: pd.DataFrame, *, selection: str, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
+    """Table IV, how confidence changes when a film is multiplied by its map, for the CAM and the FS-CAM, and the change in percent.
+
+    Parameters
+    ----------
+    localisation : [class], method, metric ('average_increase' or 'average_drop'), features ('all': the original CAM, 'principal': the
+        FS-CAM), value in percent, n, and optionally ci_low, ci_high.
+    selection, dataset, data_label : as for `table2`.
+
+    Returns
+    -------
+    DataFrame: table (4), data, dataset, selection, class, method, metric, features (also 'change', in percent of the original), value, ci_low,
+    ci_high, n, paper. The paper prints changes only.
+
+    Raises
+    ------
+    ValueError : as `table2`.
+    """
+    frame = _checked(4, localisation, ["value", "n"])
+    key = ["class", "method", "metric"]
+    before, after = (frame[frame["features"] == features].set_index(key) for features in ("all", "principal"))
+    both = before.join(after["value"].rename("after"), how="inner")
+    change = 100 * (both["after"] - both["value"]) / both["value"].where(both["value"] != 0)
+    change = both.assign(value=change, features="change", ci_low=np.nan, ci_high=np.nan).drop(columns="after").reset_index()
+    printed = read_published(4).query("dataset == @dataset")
+    ids = {name: method for method, name in _PRINTED.items()}
+    paper = {(ids[row.method], row.metric, "change"): row.percent_change for row in printed.itertuples()}
+    levels = [_methods(frame), list(_CHANGES), ["all", "principal", "change"]]
+    frame = pd.concat([frame, change], ignore_index=True)
+    return _assembled(4, frame, levels, ["value", "ci_low", "ci_high", "n"], paper, dataset, data_label, selection)
+
+
+def _consistency(number: int, frame: pd.DataFrame, dataset: str, data_label: str, selection: str) -> pd.DataFrame:
+    frame = _checked(number, frame, [*_COEFFICIENTS, "normal", "chosen", "n"])
+    frame = frame.assign(chosen=frame["chosen"].where(frame["chosen"] != "", None))
+    unknown = set(frame["chosen"].dropna()) - set(_COEFFICIENTS)
+    if unknown:
+        raise ValueError(f"chosen is {', '.join(map(str, unknown))}: it must name the coefficient, pearson or spearman")
+    frame = frame.assign(value=np.where(frame["chosen"] == "pearson", frame["pearson"], frame["spearman"].where(frame["chosen"].notna())))
+    printed = read_published(number).query("dataset == @dataset").set_index("method")["correlation_with_logit"]
+    prefixes = {("individual",): "", ("common_raw",): "s_"} if number == 1 else {("common_raw", "all"): "s_", ("common_raw", "principal"): "fs_s_"}
+    paper = {(method, *column): printed[prefix + name] for method, name in _PRINTED.items() for column, prefix in prefixes.items() if len(printed)}
+    levels = [_methods(frame), *([list(SCALES)] if number == 1 else [["common_raw", "common_tanh"], ["all", "principal"]])]
+    columns = [*_COEFFICIENTS, "normal", "chosen", "value", "ci_low", "ci_high", "n"]
+    return _assembled(number, frame, levels, columns, paper, dataset, data_label, selection)
+
+
+def _methods(frame: pd.DataFrame) -> list[str]:
+    return ordered(dict.fromkeys(_PRINTED), frame["method"])
+
+
+def _checked(number: int, frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    frame = frame.assign(**{name: value for name, value in (("class", ""), ("ci_low", np.nan), ("ci_high", np.nan)) if name not in frame})
+    missing = [name for name in _KEY[number] + columns if name not in frame]
+    if missing:
+        raise ValueError(f"the frame for Table {_TABLES[number]['roman']} has no column {', '.join(missing)}; "
+                         f"it has {', '.join(map(str, frame.columns))}")
+    allowed = {"scale": set(SCALES), "features": set(FEATURES), "metric": set(_CHANGES) if number == 4 else {"auroc", "accuracy"}}
+    for name in set(_KEY[number]) & set(allowed):
+        unknown = set(frame[name]) - allowed[name]
+        if unknown:
+            raise ValueError(f"unknown {name} {', '.join(map(str, unknown))} in the frame for Table {_TABLES[number]['roman']}: "
+                             f"choose {', '.join(sorted(allowed[name]))}")
+    twice = frame[frame.duplicated(_KEY[number])]
+    if len(twice):
+        raise ValueError(f"{' '.join(map(str, twice[_KEY[number]].iloc[0])).strip()} is in the frame for Table {_TABLES[number]['roman']} more than "
+                         "once: one row each, and a column class where there are several selected classes")
+    return frame
+
+
+def _assembled(number, frame, levels, columns, paper, dataset, data_label, selection) -> pd.DataFrame:
+    """Every cell of the table, in its order: classes, then the product of the levels."""
+    if not data_label.strip():
+        raise ValueError("data_label is empty: say what the numbers were measured on")
+    if number > 1 and not selection.strip():
+        raise ValueError("selection is empty: say how the principal features were chosen")
+    known = read_published(1)["dataset"].unique()
+    if dataset not in known:
+        raise ValueError(f"Li et al. have no data set {dataset!r}: choose {', '.join(known)}")
+    cells = pd.MultiIndex.from_product([list(dict.fromkeys(frame["class"])) or [""], *levels], names=_KEY[number])
+    table = frame.set_index(_KEY[number])[columns].reindex(cells)
+    table["paper"] = [paper.get(cell[1:], np.nan) for cell in cells]
+    table = table.reset_index()
+    labels = {"table": number, "data": data_label, "dataset": dataset} | ({"selection": selection} if number > 1 else {})
+    for i, (name, value) in enumerate(labels.items()):
+        table.insert(i, name, value)
+    return table
+
+
+def caption(table: pd.DataFrame, interval: str) -> str:
+    """One paragraph under a table of `table1` to `table4`: what it shows, on which data and how many films, the intervals, the readings.
+
+    `interval` names the method, e.g. 'percentile bootstrap over patients, 2000 replicates'.
+    """
+    spec, have = _TABLES[_number(table)], table.dropna(subset=["value"])
+    parts = [f"{spec['title']}. Data: {table['data'].iloc[0]}."]
+    if len(have):
+        parts.append(f"Over {_range(have['n'], 'film', 'films')}.")
+    if "selection" in table:
+        parts.append(f"Principal features: {table['selection'].iloc[0]}.")
+    parts.append(spec["notes"])
+    of = " of the bold coefficient" if "chosen" in table else ""
+    parts.append(f"95 % interval{of}: {interval}." if _has_intervals(table) else "No intervals.")
+    row = f"Li et al., Table {spec['roman']}, {table['dataset'].iloc[0]}"
+    has_row = table["paper"].notna().any()
+    what = " (accuracy)" if _number(table) == 2 else " (the change only)" if _number(table) == 4 else ""
+    parts.append(f"Paper: {row}{what}; other films and another classifier than ours." if has_row else f"{row}: not transcribed here.")
+    if table[["value", "paper"]].isna().any(axis=None):
+        parts.append(f"{MISSING}: none.")
+    return " ".join(parts)
+
+
+def _number(table: pd.DataFrame) -> int:
+    if "table" not in table or not len(table):
+        raise ValueError("not a frame of table1, table2, table3 or table4: it has no rows or no column table")
+    return int(table["table"].iloc[0])
+
+
+def _has_intervals(table: pd.DataFrame) -> bool:
+    return bool(np.isfinite(table[["ci_low", "ci_high"]].to_numpy(float)).all(axis=1).any())
+
+
+def _lines(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """The printed lines, a group per class and method (Table II: metric); a label or a cell between ** is bold."""
+    number = _number(table)
+    decimals, columns, rows_of = _TABLES[number]["decimals"], list(_COLUMNS[number]), _KEY[number][1]
+    lines, cells = [], table.set_index(_KEY[number])
+    for name, row in dict.fromkeys(table[["class", rows_of]].itertuples(index=False, name=None)):
+        group = [cells.loc[(name, row, *column)] for column in columns]
+        label = ", ".join(filter(None, (str(name).replace("_", " "), CAMS.get(row) or METRICS.get(row) or row.capitalize())))
+        if number in (1, 3):
+            for coefficient, title in _COEFFICIENTS.items():
+                texts = [_number_text(cell[coefficient], decimals) for cell in group]
+                texts = [f"**{text}**" if cell["chosen"] == coefficient and text != MISSING else text for cell, text in zip(group, texts)]
+                lines.append((f"**{label}**, {title}" if coefficient == "pearson" else title, texts))
+        else:
+            lines.append((f"**{label}**", [_number_text(cell["value"], decimals) for cell in group]))
+        if _has_intervals(table):
+            bounds = [[_number_text(cell[side], decimals) for side in ("ci_low", "ci_high")] for cell in group]
+            lines.append(("95 % interval", [MISSING if MISSING in pair else " to ".join(pair) for pair in bounds]))
+        if number == 2:
+            lines.append(("number of features", [_number_text(cell["n_features"], 0) for cell in group]))
+        lines.append(("paper", [_number_text(cell["paper"], decimals) for cell in group]))
+    return lines
+
+
+def to_markdown(table: pd.DataFrame, *, interval: str) -> str:
+    """A frame of `table1` to `table4` as a Markdown table with its caption below; `interval` as in `caption`."""
+    number = _number(table)
+    levels = [list(level) for level in zip(*_COLUMNS[number].values())]
+    head = [["Features" if number == 2 else "CAM", *levels[0]], *(["", *level] for level in levels[1:])]
+    body = head[1:] + [[label, *cells] for label, cells in _lines(table)]
+    widths = [max(len(row[i]) for row in head + body) for i in range(len(head[0]))]
+
+    def line(row: list[str]) -> str:
+        return f"| {row[0].ljust(widths[0])} | {' | '.join(map(str.rjust, row[1:], widths[1:]))} |"
+
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|"
+    return "\n".join([line(head[0]), rule, *map(line, body), "", f"**Table {_TABLES[number]['roman']}.** {caption(table, interval)}", ""])
+
+
+def to_latex(table: pd.DataFrame, *, interval: str) -> str:
+    """A frame of `table1` to `table4` as a LaTeX table over the text width (packages: booktabs); `interval` as in `caption`."""
+    number, columns = _number(table), list(_COLUMNS[_number(table)].values())
+    out = [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{4pt}", rf"\caption{{{_tex(caption(table, interval))}}}",
+           rf"\label{{tab:li-{_TABLES[number]['label']}}}", rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule"]
+    if len(columns[0]) > 1:
+        spans, rules, start = [], [], 2
+        for name in dict.fromkeys(column[0] for column in columns):
+            width = sum(column[0] == name for column in columns)
+            spans.append(rf"\multicolumn{{{width}}}{{c}}{{{_tex(name)}}}")
+            rules.append(rf"\cmidrule(lr){{{start}-{start + width - 1}}}")
+            start += width
+        out += [f" & {' & '.join(spans)} \\\\", "".join(rules)]
+    out += [f"{'Features' if number == 2 else 'CAM'} & {' & '.join(_tex(column[-1]) for column in columns)} \\\\", r"\midrule"]
+    for i, (label, cells) in enumerate(_lines(table)):
+        if i and label.startswith("**"):
+            out.append(r"\addlinespace")
+        first = _bold_tex(label) if label.startswith("**") else rf"\quad {_tex(label)}"
+        out.append(f"{first} & {' & '.join(map(_bold_tex, cells))} \\\\")
+    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
+
+
+def _bold_tex(text: str) -> str:
+    if not text.startswith("**"):
+        return _tex(text)
+    bold, rest = text[2:].split("**", 1)
+    return rf"\textbf{{{_tex(bold)}}}{_tex(rest)}"
+
+
+def sentences(table: pd.DataFrame) -> list[str]:
+    """What a frame of `table1` to `table4` says, in words: Markdown sentences, every number taken from the frame."""
+    return {1: _scale_sentences, 2: _mask_sentences, 3: _selection_sentences, 4: _change_sentences}[_number(table)](table)
+
+
+def _wide(table: pd.DataFrame, value: str, column: str) -> pd.DataFrame:
+    return table.astype({value: float}).pivot(index=["class", "method"], columns=column, values=value)
+
+
+def _raised(before: pd.Series, after: pd.Series) -> tuple[int, int, float]:
+    """How many of how many rose, and by how much on average."""
+    rise = (after - before).dropna()
+    return int((rise > 0).sum()), len(rise), float(rise.mean()) if len(rise) else np.nan
+
+
+def _of(count: int, total: int) -> str:
+    return f"all {total}" if count == total and total > 1 else f"{count or 'none'} of {total}"
+
+
+def _rises(table: pd.DataFrame, column: str, before: str, after: str) -> list[str]:
+    """'Pearson's for 3 of 4 methods (+0.108 on average)', then Spearman's, then that of the paper's rule; empty if nothing can be compared."""
+    found = {}
+    for coefficient, name in (("pearson", "Pearson's"), ("spearman", "Spearman's"), ("value", "that of the paper's rule")):
+        wide = _wide(table, coefficient, column)
+        found[name] = _raised(wide[before], wide[after])
+    noun = "methods" if table["class"].nunique() == 1 else "pairs of class and method"
+    return [f"{name} for {_of(count, total)} {noun} ({mean:+.3f} on average)" for name, (count, total, mean) in found.items() if total]
+
+
+def _scale_sentences(table: pd.DataFrame) -> list[str]:
+    out = []
+    for scale, name in (("common_raw", "raw sums"), ("common_tanh", "sums of tanh values")):
+        rises = _rises(table, "scale", "individual", scale)
+        if rises:
+            out.append(f"The common scale ({name}) raises the correlation with the logit: {', '.join(rises)}.")
+        else:
+            out.append(f"The common scale ({name}) cannot be compared: no method has both scales.")
+    paper = _wide(table[table["class"] == table["class"].iloc[0]], "paper", "scale")
+    count, total, mean = _raised(paper["individual"], paper["common_raw"])
+    if total:
+        out.append(f"The paper's S- maps ({table['dataset'].iloc[0]}) raise it for {_of(count, total)} methods ({mean:+.3f} on average).")
+    raw = table[table["scale"] == "common_raw"]
+    exact = [CAMS.get(method, method) for method, rows in raw.groupby("method", sort=False) if (rows["pearson"] > 0.9995).all()]
+    if exact:
+        out.append(f"The raw sum of {', '.join(exact)} is the logit up to constants (Pearson above 0.9995): with a pooled linear head that is an "
+                   "identity, not evidence.")
+    return out + _rule_sentence(table)
+
+
+def _rule_sentence(table: pd.DataFrame) -> list[str]:
+    chosen = table.loc[table["value"].notna(), "chosen"]
+    return [f"The paper's rule takes Spearman in {_of(int((chosen == 'spearman').sum()), len(chosen))} cells."] if len(chosen) else []
+
+
+def _mask_sentences(table: pd.DataFrame) -> list[str]:
+    out = []
+    for (name, metric), rows in table.groupby(["class", "metric"], sort=False):
+        rows = rows.set_index("features")
+        value, count = rows["value"], rows["n_features"]
+        if not np.isfinite(value.to_numpy(float)).all():
+            continue
+        where = f"{str(name).replace('_', ' ')}: " if name else ""
+        verdict = ("the principal features do better than all others together, as in the paper" if value["principal"] > value["non_principal"]
+                   else "the other features do at least as well as the principal ones, unlike in the paper")
+        title = METRICS.get(metric, metric)
+        out.append(f"{where}With {count['principal']:.0f} principal features of {count['all']:.0f} the {title} is {value['principal']:.3f}, with all "
+                   f"{value['all']:.3f}, with the other {count['non_principal']:.0f} {value['non_principal']:.3f}: {verdict}.")
+    if not out:
+        out.append("The masks cannot be compared: the numbers of all, principal or non-principal features are not there.")
+    paper = table.dropna(subset=["paper"]).drop_duplicates("features").set_index("features")["paper"]
+    if len(paper):
+        out.append(f"The paper's accuracies ({table['dataset'].iloc[0]}): {paper['principal']:.3f} with the principal features, "
+                   f"{paper['all']:.3f} with all, {paper['non_principal']:.3f} with the others.")
+    return out
+
+
+def _selection_sentences(table: pd.DataFrame) -> list[str]:
+    out = []
+    for scale, name in (("common_raw", "Raw sums"), ("common_tanh", "Sums of tanh values")):
+        rises = _rises(table[table["scale"] == scale], "features", "all", "principal")
+        if rises:
+            out.append(f"{name}: maps of the principal features only have a higher correlation with the logit: {', '.join(rises)}.")
+    if not out:
+        out.append("The selection cannot be compared: no method has maps of all and of the principal features.")
+    printed = table[(table["scale"] == "common_raw") & (table["class"] == table["class"].iloc[0])]
+    paper = _wide(printed, "paper", "features")
+    count, total, mean = _raised(paper["all"], paper["principal"])
+    if total:
+        out.append(f"The paper's FS-S- maps ({table['dataset'].iloc[0]}) have a higher one than its S- maps for {_of(count, total)} methods "
+                   f"({mean:+.3f} on average).")
+    return out + _rule_sentence(table)
+
+
+def _change_sentences(table: pd.DataFrame) -> list[str]:
+    out = []
+    for metric, better in (("average_increase", 1), ("average_drop", -1)):
+        change = table[(table["metric"] == metric) & (table["features"] == "change")]
+        ours, paper = change["value"].dropna(), change.drop_duplicates("method")["paper"].dropna()
+        name = _CHANGES[metric].removesuffix(" (%)").lower()
+        if len(ours):
+            out.append(f"With the principal features only the {name} changes by {ours.mean():+.1f} % on average; it improves in "
+                       f"{_of(int((ours * better > 0).sum()), len(ours))} cells.")
+        else:
+            out.append(f"The change of the {name} is not known: no method has both maps, or the original's is 0.")
+        if len(paper):
+            out.append(f"The paper's ({change['dataset'].iloc[0]}): {paper.mean():+.1f} %, it improves in "
+                       f"{_of(int((paper * better > 0).sum()), len(paper))}.")
+    return out

@@ -1,0 +1,297 @@
+"""Tables 1 and 2 of Nam & Lee in the paper's arrangement, ours beside theirs, and in words in how many cells the methods beat CAM.
+
+Tidy frames in: `attribution.iou_means`, `iou_differences` and `share_means` make those of Table 2 and of the sentences. What is not there
+becomes a dash; models, classes and methods the paper does not have are appended after the paper's.
+"""
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib.tables.khakzar import _number_text, _range, _tex
+from lib.tables.names import MISSING, ordered
+
+METHODS = {"cam": "CAM", "lrp": "LRP", "rap": "RAP"}
+MODELS = {"densenet121": "DenseNet-121", "resnet50": "ResNet-50", "vgg16": "VGG-16", "chexnet": "CheXNet"}
+READINGS = {"mean_iou": "mean of lesion and background", "iou_lesion": "lesion alone"}
+REGIONS = {"boxes": "in the boxes", "lungs": "in the lungs", "outside": "outside"}
+DATASETS = {"rsna": "RSNA Pneumonia", "nih": "NIH ChestX-ray14"}
+
+_FILES = {1: "nam_lee_table1_auroc.csv", 2: "nam_lee_table2_iou.csv"}
+_CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
+_CELL = ["reading", "threshold", "method", "class"]
+_FILMS = ("What the paper calls 984 images are 984 boxes in 880 films; 606 of these films were in the training list of the checkpoint it explains "
+          "(86 in its validation list, 188 in its test list).")
+_UNSAID = "The paper does not say which IoU it prints; its values fit the mean of lesion and background and stand beside both readings."
+
+
+def read_published(number: int) -> pd.DataFrame:
+    """Table 1 (dataset, model, class, auroc) or 2 (threshold, method, class, mean_iou; methods by our ids) as Nam & Lee print it."""
+    table = pd.read_csv(Path(__file__).parents[1] / "published" / _FILES[number])
+    return table.assign(method=table["method"].str.lower()) if number == 2 else table
+
+
+def table1(auroc: pd.DataFrame, *, data_label: str, dataset: str = "rsna") -> pd.DataFrame:
+    """Table 1, the AUROC of each model beside the paper's.
+
+    Parameters
+    ----------
+    auroc : DataFrame
+        model ('densenet121', 'resnet50', 'vgg16', 'chexnet', any other), class, value, ci_low, ci_high (NaN: none), n (films).
+    data_label : str
+        What the numbers were measured on.
+    dataset : {'rsna', 'nih'}
+        Which of the paper's two rows stands beside them.
+
+    Returns
+    -------
+    DataFrame
+        data, dataset, model, class, value, ci_low, ci_high, n, paper; the paper's models first, in its order, NaN where there is none.
+
+    Raises
+    ------
+    ValueError
+        Empty data_label, another dataset, missing columns, or a model and class given twice.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset = {dataset!r}: one of {', '.join(DATASETS)}")
+    key = ["model", "class"]
+    ours = _checked(auroc, key, ["value", "ci_low", "ci_high", "n"], data_label)
+    printed = read_published(1).query("dataset == @dataset").set_index(key)["auroc"]
+    cells = printed.index.append(ours.index.difference(printed.index, sort=False))
+    table = ours.reindex(cells).assign(paper=printed.reindex(cells)).reset_index()
+    table.insert(0, "dataset", dataset)
+    table.insert(0, "data", data_label)
+    return table
+
+
+def table2(means: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
+    """Table 2, the IoU by threshold, method and class beside the paper's, under both readings of "IoU".
+
+    Parameters
+    ----------
+    means : DataFrame
+        Of `attribution.iou_means`: reading, class, method, threshold, value, ci_low, ci_high, n, n_skipped, floor.
+    data_label : str
+        What the numbers were measured on.
+
+    Returns
+    -------
+    DataFrame
+        data, reading, threshold, method, class, value, ci_low, ci_high, n, n_skipped, floor (of an empty mask), paper: every cell in the
+        paper's order, NaN where there is no number of ours or of the paper. The paper's number stands beside both readings.
+
+    Raises
+    ------
+    ValueError
+        Empty data_label, missing columns, or a cell given twice.
+    """
+    ours = _checked(means, _CELL, ["value", "ci_low", "ci_high", "n", "n_skipped", "floor"], data_label)
+    printed = read_published(2).set_index(_CELL[1:])["mean_iou"]
+    given = ours.index.to_frame()
+    thresholds = sorted({*printed.index.get_level_values("threshold"), *given["threshold"]})
+    methods, classes = ordered(METHODS, given["method"]), ordered(dict.fromkeys(_CLASSES), given["class"])
+    cells = pd.MultiIndex.from_product([READINGS, thresholds, methods, classes], names=_CELL)
+    table = ours.reindex(cells).reset_index()
+    table["paper"] = printed.reindex(pd.MultiIndex.from_frame(table[_CELL[1:]])).to_numpy()
+    table.insert(0, "data", data_label)
+    return table
+
+
+def caption(table: pd.DataFrame, interval: str, reading: str = "mean_iou") -> str:
+    """One paragraph under a table of `table1` or `table2`; `interval` names the method, `reading` which half of Table 2 is meant."""
+    label = f"Data: {table['data'].iloc[0]}."
+    if _number(table) == 1:
+        dataset = table["dataset"].iloc[0]
+        parts = [f"AUROC of each model. {label}", *_counted(table, "film", "films"),
+                 f"Under each its 95 % interval ({interval}), then the value of Nam & Lee, Table 1 ({DATASETS[dataset]})."]
+        if dataset == "rsna":
+            parts.append("Negatives are all films without the label, also those of another abnormality. CheXNet was trained on films of the NIH "
+                         "release, from which RSNA's are drawn.")
+    else:
+        table = table[table["reading"] == reading]
+        title = {"mean_iou": "Mean IoU of the thresholded maps with the boxes, mean of lesion and background",
+                 "iou_lesion": "IoU of the thresholded maps with the boxes, lesion alone"}[reading]
+        floor = "(1 - box area) / 2" if reading == "mean_iou" else "0"
+        parts = [f"{title}, by threshold T, method and class. {label}",
+                 *_counted(table, "pair of film and class", "pairs of film and class", " a class"),
+                 f"Under each mean its 95 % interval ({interval}), then the value of Nam & Lee, Table 2 (CheXNet on NIH ChestX-ray14).",
+                 f"Empty mask: what a map that marks nothing gets, {floor}.", _UNSAID, _FILMS]
+        skipped = table["n_skipped"].max()
+        if skipped > 0:
+            parts.insert(2, f"Up to {skipped:.0f} a cell are undefined and left out.")
+    if table["value"].isna().any():
+        parts.append(f"{MISSING}: not measured.")
+    return " ".join(parts)
+
+
+def to_markdown(table: pd.DataFrame, *, interval: str, reading: str = "mean_iou") -> str:
+    """A frame of `table1` or `table2` (one reading of it) as a Markdown table, its caption below; `interval` as in `caption`."""
+    labels, columns, lines = _lines(table, reading)
+    rows = [labels + columns, *lines]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: list[str]) -> str:
+        return f"| {' | '.join(cell.ljust(width) if i < len(labels) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))} |"
+
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if i < len(labels) else ":") for i, width in enumerate(widths)) + "|"
+    return "\n".join([line(rows[0]), rule, *map(line, lines), "", f"**Table {_number(table)}.** {caption(table, interval, reading)}", ""])
+
+
+def to_latex(table: pd.DataFrame, *, interval: str, reading: str = "mean_iou") -> str:
+    """A frame of `table1` or `table2` (one reading of it) as a LaTeX table over the text width (packages: booktabs)."""
+    labels, columns, lines = _lines(table, reading)
+    name = "model-auroc" if _number(table) == 1 else f"attribution-{reading.replace('_', '-')}"
+    out = [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{_tex(caption(table, interval, reading))}}}",
+           rf"\label{{tab:{name}}}", rf"\begin{{tabular}}{{{'l' * len(labels)}{'c' * len(columns)}}}", r"\toprule",
+           f"{' & '.join(map(_tex, labels + columns))} \\\\", r"\midrule"]
+    for i, line in enumerate(lines):
+        if i and line[0]:
+            out.append(r"\addlinespace")
+        out.append(f"{' & '.join(map(_tex, line))} \\\\")
+    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
+
+
+def verdicts(differences: pd.DataFrame, means: pd.DataFrame | None = None) -> pd.DataFrame:
+    """In how many cells of class and threshold a method is better than CAM, and than a mask that marks nothing.
+
+    Parameters
+    ----------
+    differences : DataFrame
+        Of `attribution.iou_differences` to 'cam': reading, class, method, threshold, difference, ci_low, ci_high.
+    means : DataFrame, optional
+        Of `attribution.iou_means`, for the empty mask; under the mean of lesion and background alone, since the lesion's IoU of it is 0.
+
+    Returns
+    -------
+    DataFrame
+        A row per opponent ('CAM', 'an empty mask'), reading and method: cells (with a difference), higher (the difference is positive),
+        intervals (cells with one), supported (the whole 95 % interval lies above zero), contradicted (below), paper_cells and paper_higher
+        (the same count in the paper's Table 2; 0 where its numbers do not tell).
+    """
+    printed = read_published(2).pivot(index=["threshold", "class"], columns="method", values="mean_iou")
+    rows = []
+    for (reading, method), cells in differences.groupby(["reading", "method"], sort=False):
+        paper = printed[method] - printed["cam"] if method in printed else printed["cam"].iloc[:0]
+        rows.append({"against": "CAM", "reading": reading, "method": method, **_counts(cells["difference"], cells["ci_low"], cells["ci_high"]),
+                     "paper_cells": len(paper), "paper_higher": int((paper > 0).sum())})
+    if means is not None:
+        for method, cells in means[means["reading"] == "mean_iou"].groupby("method", sort=False):
+            rows.append({"against": "an empty mask", "reading": "mean_iou", "method": method, "paper_cells": 0, "paper_higher": 0,
+                         **_counts(cells["gain"], cells["gain_low"], cells["gain_high"])})
+    columns = ["against", "reading", "method", "cells", "higher", "intervals", "supported", "contradicted", "paper_cells", "paper_higher"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def sentences(checked: pd.DataFrame) -> list[str]:
+    """The frame of `verdicts` in words: a Markdown paragraph per row, every number taken from the frame."""
+    return [_sentence(row) for row in checked.itertuples(index=False)]
+
+
+def intention_sentences(means: pd.DataFrame) -> list[str]:
+    """Where the positive relevance lies, in words: a Markdown paragraph per model, method and kind of film.
+
+    `means` : of `attribution.share_means` by model, kind, method and region ('boxes', 'lungs', 'outside' or any other): value, ci_low,
+    ci_high, area, gain, gain_low, gain_high, n. For films with boxes it says whether the model looks where the lesions are.
+    """
+    out = []
+    for (model, method, kind), rows in means.groupby(["model", "method", "kind"], sort=False):
+        known = rows[rows["n"] > 0]
+        parts = [f"{100 * row.value:.1f} %{_between(row.ci_low, row.ci_high)} {REGIONS.get(row.region, f'in {row.region}')}, "
+                 f"{_against_area(row)} ({100 * row.area:.1f} %)" for row in known.itertuples()]
+        text = f"**{MODELS.get(model, model)}, {METHODS.get(method, method)}, {kind}**: "
+        text += f"over {_range(known['n'], 'film', 'films')}, of the positive relevance {'; '.join(parts)}." if parts else "no positive relevance."
+        for row in known[known["region"] == "boxes"].itertuples():
+            text += {"more than area gives": " So the model looks where the lesions are, as intended.",
+                     "less than area gives": " So the model looks elsewhere than at the lesions, not as intended."
+                     }.get(_against_area(row), " So it is not shown that the model looks where the lesions are.")
+        out.append(text)
+    return out
+
+
+def _sentence(row) -> str:
+    text = f"**{METHODS.get(row.method, row.method)} against {row.against}, {READINGS[row.reading]}**: "
+    if not row.cells:
+        return text + "no cell to compare."
+    text += f"higher in {_of(row.higher, row.cells)} of class and threshold"
+    if row.intervals:
+        of = "" if row.intervals == row.cells else f" (of {row.intervals} with one)"
+        text += (f"; the 95 % interval of the paired difference lies wholly above zero in {row.supported or 'none'}{of}, wholly below in "
+                 f"{row.contradicted or 'none'}.")
+    else:
+        text += " (no intervals)."
+    return text + (f" In the paper's Table 2: {_of(row.paper_higher, row.paper_cells)}." if row.paper_cells else "")
+
+
+def _counts(difference: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, int]:
+    return {"cells": int(difference.notna().sum()), "higher": int((difference > 0).sum()), "intervals": int((low.notna() & high.notna()).sum()),
+            "supported": int((low > 0).sum()), "contradicted": int((high < 0).sum())}
+
+
+def _of(count: int, total: int) -> str:
+    if count == total:
+        return "the only cell" if total == 1 else f"all {total} cells"
+    return f"{count or 'none'} of {total} {'cell' if total == 1 else 'cells'}"
+
+
+def _against_area(row) -> str:
+    if not (np.isfinite(row.gain_low) and np.isfinite(row.gain_high)):
+        return "with no interval to tell it from what area gives"
+    return "more than area gives" if row.gain_low > 0 else "less than area gives" if row.gain_high < 0 else "not told apart from what area gives"
+
+
+def _between(low: float, high: float) -> str:
+    return f" [{100 * low:.1f}, {100 * high:.1f}]" if np.isfinite(low) and np.isfinite(high) else ""
+
+
+def _lines(table: pd.DataFrame, reading: str) -> tuple[list[str], list[str], list[list[str]]]:
+    """Headings of the label columns, those of the others, and the printed lines: mean, interval and paper one below the other."""
+    if _number(table) == 1:
+        one_class = table["class"].nunique() == 1
+        columns = [MODELS.get(row.model, row.model) if one_class else f"{MODELS.get(row.model, row.model)} {_class_name(row[4])}"
+                   for row in table.itertuples()]
+        return ["AUROC"], columns, [[name, *cells] for name, cells in zip(("ours", "95 % interval", "paper"), _triple(table))]
+    if reading not in READINGS:
+        raise ValueError(f"reading = {reading!r}: one of {', '.join(READINGS)}")
+    table, lines = table[table["reading"] == reading], []
+    classes = list(dict.fromkeys(table["class"]))
+    for threshold, rows in table.groupby("threshold"):
+        for k, (method, cells) in enumerate(rows.groupby("method", sort=False)):
+            ours, interval, paper = _triple(cells.set_index("class").loc[classes])
+            lines.append([f"{threshold:g}" if k == 0 else "", METHODS.get(method, method), *ours])
+            lines += [["", "95 % interval", *interval], ["", "paper", *paper]]
+    floor = table.groupby("class")["floor"].mean()
+    lines.append(["any", "empty mask", *(_number_text(floor[name], 3) for name in classes)])
+    return ["T", "Method"], [_class_name(name) for name in classes], lines
+
+
+def _triple(rows: pd.DataFrame) -> list[list[str]]:
+    value, low, high, paper = ([_number_text(number, 3) for number in rows[name]] for name in ("value", "ci_low", "ci_high", "paper"))
+    return [value, [MISSING if MISSING in pair else "–".join(pair) for pair in zip(low, high)], paper]
+
+
+def _class_name(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+def _number(table: pd.DataFrame) -> int:
+    if "paper" not in table or not ({"dataset", "model"} <= set(table) or {"reading", "threshold"} <= set(table)):
+        raise ValueError(f"not a frame of table1 or table2: its columns are {', '.join(map(str, table.columns))}")
+    return 2 if "reading" in table else 1
+
+
+def _counted(table: pd.DataFrame, one: str, many: str, suffix: str = "") -> list[str]:
+    return [f"Over {_range(table['n'], one, many)}{suffix}."] if table["n"].notna().any() else []
+
+
+def _checked(frame: pd.DataFrame, key: list[str], values: list[str], data_label: str) -> pd.DataFrame:
+    """`frame` with only `values`, indexed by `key`."""
+    if not data_label.strip():
+        raise ValueError("data_label is empty: say what the numbers were measured on")
+    missing = [name for name in key + values if name not in frame]
+    if missing:
+        raise ValueError(f"the frame has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+    twice = frame[frame.duplicated(key)]
+    if len(twice):
+        raise ValueError(f"{' '.join(map(str, twice[key].iloc[0]))} is in the frame more than once")
+    return frame.set_index(key)[values]

@@ -1,0 +1,80 @@
+"""Speed of relevance maps at 224 px: LRP against zennit film by film, LRP and RAP in forward passes. See bench_analysis for the columns.
+
+Conservation is checked in all of it. A forward pass is the model's own, without gradients, on the same batch.
+"""
+import torch
+import torchvision
+from torch import nn
+from zennit.attribution import Gradient
+from zennit.composites import LayerMapComposite
+from zennit.core import Composite
+from zennit.layer import Sum
+from zennit.rules import AlphaBeta, Norm, Pass, ZBox
+from zennit.torchvision import ResNetCanonizer
+
+from lib.analysis.relevance import heatmaps
+from lib.models import build_model
+from tests.bench_analysis import seconds
+
+GOALS = {"lrp": 4.4, "rap": 9}
+
+
+def batch(n_films, seed=0):
+    return torch.randn(n_films, 3, 224, 224, generator=torch.Generator().manual_seed(seed)), torch.arange(n_films) % 2
+
+
+def zennit_lrp(model, films, classes):
+    """The same rules by zennit, one film at a time because the bounds of its z^B rule belong to the composite."""
+    layers = LayerMapComposite([
+        (nn.Conv2d, AlphaBeta(1, 0, zero_params="bias")), (nn.Linear, AlphaBeta(1, 0, zero_params="bias")),
+        (nn.AdaptiveAvgPool2d, Norm()), (Sum, Norm()), (nn.ReLU, Pass()), (nn.BatchNorm2d, Pass())])
+    maps = []
+    for film, k in zip(films, classes, strict=True):
+        box = ZBox(float(film.min()), float(film.max()), zero_params="bias")
+        composite = Composite(lambda context, name, module, box=box: box if name == "conv1" else layers.module_map(context, name, module),
+                              canonizers=[ResNetCanonizer()])
+        with Gradient(model, composite) as attributor:
+            _, relevance = attributor(film[None], torch.eye(2)[k][None])
+        maps.append(relevance.sum(1))
+    return torch.cat(maps)
+
+
+def lrp_against_zennit(*, n_films=4, repeats=3):
+    model = torchvision.models.resnet50(num_classes=2).eval()
+    films, classes = batch(n_films)
+    ours, peer = seconds(lambda: heatmaps(model, films, classes), lambda: zennit_lrp(model, films, classes), repeats)
+    return {"row": "LRP, ResNet50 (films/s)", "peer_name": "zennit film by film", "ours": n_films / ours, "peer": n_films / peer, "ratio": peer / ours}
+
+
+def forwards(backbone, method, *, n_films=4, repeats=3):
+    """Cost in forward passes of the same films; the other side is the goal, so a ratio above 1 meets it."""
+    model = build_model(backbone, 2).eval()
+    films, classes = batch(n_films)
+    with torch.no_grad():
+        model(films)
+
+    def forward():
+        with torch.no_grad():
+            model(films)
+    ours, once = seconds(lambda: heatmaps(model, films, classes, method), forward, repeats)
+    goal = GOALS[method]
+    return {"row": f"{method.upper()}, {backbone} (forward passes)", "peer_name": f"goal: at most {goal:g}", "ours": ours / once, "peer": goal,
+            "ratio": goal * once / ours}
+
+
+def rows():
+    """All rows of this file, a minute or two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield lrp_against_zennit()
+        for backbone in ("resnet50", "tdensenet"):
+            for method in GOALS:
+                yield forwards(backbone, method)
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    for entry in rows():
+        print(f"{entry['row']:<45} ours {entry['ours']:>12.4g}  peer {entry['peer']:>10.4g}  ratio {entry['ratio']:>7.1f}  ({entry['peer_name']})", flush=True)
