@@ -17,7 +17,7 @@ from lib.analysis.lenses import align, box_pairs, dissect
 from lib.data.batches import Batch, film_draws, gather_crops
 from lib.data.decoding import decode_film
 from lib.models import build_model, layers
-from tests import bench_analysis
+from tests import bench_analysis, bench_integrated, bench_relevance
 from tests.bench_analysis import seconds
 
 CLASSES = [f"class {k}" for k in range(15)]
@@ -128,7 +128,7 @@ def main():
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     start, rows = time.perf_counter(), [training_item(), store_build()]
-    rows += bench_analysis.rows()
+    rows += [*bench_analysis.rows(), *bench_relevance.rows(), *bench_integrated.rows()]
     for backbone in ("tdensenet", "resnet50"):
         rows += [*cams(backbone), whole_evaluation(backbone)]
     table = pd.DataFrame(rows)[["row", "peer_name", "ratio"]].rename(columns={"peer_name": "peer"})

@@ -4,9 +4,10 @@ import time
 import numpy as np
 import torch
 
+from lib.analysis.activations import ActivationDistribution
 from lib.analysis.cam import channel_contributions
 from lib.analysis.inference import stream
-from lib.analysis.integrated import ActivationDistribution, ImportanceMatrix
+from lib.analysis.integrated import ImportanceMatrix
 from lib.data.batches import Batch
 from lib.models import build_model, layers
 

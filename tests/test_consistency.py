@@ -7,6 +7,7 @@ from scipy import stats
 from torch import nn
 
 from lib.analysis import consistency as module
+from lib.analysis.activations import tanh_scale
 from lib.analysis.cam import class_activation_maps, normalise
 from lib.analysis.consistency import (
     class_totals,
@@ -17,7 +18,6 @@ from lib.analysis.consistency import (
     masked_layer,
     masked_logits,
 )
-from lib.analysis.integrated import tanh_scale
 from tests import reference_integrated as reference
 from tests.test_integrated import draw
 

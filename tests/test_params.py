@@ -32,15 +32,16 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_is_valid(name):
-    needs_root = load(ROOT / "params" / "studies" / f"{name}.yaml").get("release") == "nih"
+    needs_root = load(ROOT / "params" / "studies" / f"{name}.yaml").get("release") in ("nih", "rsna")
     study = load_study(name, **({"data_root": "somewhere"} if needs_root else {}))
     assert study.study == name and len(study.runs) >= 1
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_named_by_what_it_holds(name):
-    run = load_study("demo").run(name, seed=2)
-    assert (run.name, run.seed, run.study) == (name, 2, "demo")
+    study = {"pneumonia": "demo_rsna", "digits": "digits"}.get(name.split("-")[0], "demo")
+    run = load_study(study).run(name, seed=2)
+    assert (run.name, run.seed, run.study) == (name, 2, study)
 
 
 def test_the_grid_has_a_file_each():
@@ -76,7 +77,7 @@ def test_a_key_near_nothing_is_still_refused():
     ("epochs", 0), ("epochs", 2.5), ("epochs", "many"), ("batch_size", 1), ("learning_rate", 0), ("learning_rate", -1e-3), ("learning_rate", math.nan),
     ("learning_rate", math.inf), ("weight_decay", -1), ("validation_fraction", 0), ("validation_fraction", 1), ("image_size", 16), ("image_size", 4096),
     ("phantom_films", 1), ("alpha", 1.5), ("gamma", -1), ("beta", 1.0), ("jitter", 1.0), ("loss", "hinge"), ("task", "ternary"), ("device", "gpu"), ("gpus", 0),
-    ("checkpoint", "first"), ("cam_method", "score"), ("connectivity", 6), ("dissection_quantile", 1), ("concept_resolution", "film"), ("precision", "fp8"),
+    ("checkpoint", "first"), ("cam_method", "gradcam"), ("connectivity", 6), ("dissection_quantile", 1), ("concept_resolution", "film"), ("precision", "fp8"),
     ("wbce_scheme", "batch"), ("cb_scale", "max"), ("seed", -1), ("seed", 2**31), ("seeds", []), ("runs", []), ("study", "a/b"), ("study", ""),
     ("study", "a\n"), ("init", ""), ("n_replicates", -1), ("final_learning_rate", 2), ("skip_bad_films", "perhaps"), ("epochs", None),
 ])
@@ -207,3 +208,32 @@ def test_a_kernel_that_has_run_the_notebook_before_says_so():
     for left in ({"run": Run()}, {"study": Study(), "path": ROOT}):
         with pytest.raises(ParameterError, match="Restart the kernel and run all cells"):
             Run.from_notebook({**cell_values(parameters_cell(Run)), **left})
+
+
+def test_a_task_goes_with_its_release():
+    with pytest.raises(ParameterError, match="task digits does not go with release phantom"):
+        Run.build({"task": "digits"})
+    with pytest.raises(ParameterError, match="task multilabel does not go with release rsna"):
+        Run.build({"release": "rsna", "data_root": "films"})
+    assert Run.build({"release": "digits", "task": "digits"}).n_outputs == 10
+    assert Run.build({"task": "pneumonia"}).n_outputs == 1
+
+
+def test_lenses_look_at_runs_of_the_study():
+    with pytest.raises(ParameterError, match="attribution names binary-resnet50-bce, which is none of the study's runs"):
+        Study.build({"runs": ["binary-tdensenet-bce"], "attribution": ["binary-resnet50-bce"]})
+    fewer = load_study("demo", runs=["multilabel-tdensenet-focal"])
+    assert fewer.attribution == fewer.features == ["multilabel-tdensenet-focal"]
+
+
+def test_imba_augmentation_mirrors():
+    with pytest.raises(ParameterError, match="flip: false"):
+        Study.build({"augmentation": "imba", "flip": False})
+
+
+def test_the_selected_class():
+    assert Run.build({}).selected_class == "Pneumonia"
+    assert Run.build({"task": "binary"}).selected_class == "Unhealthy"
+    assert Run.build({"phantom_marker": "Nodule"}).selected_class == "Nodule"
+    assert Run.build({"phantom_marker": "Nodule", "feature_class": "Mass"}).selected_class == "Mass"
+    assert Run.build({"release": "digits", "task": "digits"}).selected_class == "7"

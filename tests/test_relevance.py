@@ -15,8 +15,9 @@ from zennit.composites import LayerMapComposite
 from zennit.core import Composite
 from zennit.rules import AlphaBeta, Norm, Pass, ZBox
 
-from lib.analysis import relevance as module_under_test
-from lib.analysis.relevance import BoxShare, PositiveShare, RelevanceError, conservation, heatmaps
+from lib.analysis import relevance_rules as module_under_test
+from lib.analysis.relevance import RelevanceError, conservation, heatmaps
+from lib.analysis.relevance_rules import BoxShare, PositiveShare
 from lib.models import build_model
 from tests import reference_relevance
 

@@ -132,12 +132,30 @@ def test_records_have_the_promised_columns(study):
         assert metrics["class"].nunique() == len(metrics) and "Average" in set(metrics["class"])
         assert set(records.read_table(run / "cam_alignment.parquet")) >= OF_ALIGNMENT
         assert set(records.read_table(run / "concepts.parquet")) >= {"image", "patient", "disjoint", "unique"}
+    run = folder / RUNS[0] / "seed0"
+    attribution = records.read_table(run / "attribution.parquet")
+    assert set(attribution) >= {"image", "patient", "class", "method", "threshold", "iou_lesion", "iou_background", "mean_iou"}
+    assert set(attribution["method"]) == {"cam", "lrp", "rap"} and attribution["iou_lesion"].between(0, 1).all()
+    importance = records.read_table(run / "importance.parquet")
+    assert set(importance) >= {"class", "feature", "method", "train", "test"} and len(importance) == 15 * 512 * importance["method"].nunique()
+    shares = records.read_table(folder.parent / "smoke_rsna" / "tables" / "intention.csv")
+    assert set(shares) >= {"model", "kind", "method", "region", "value", "area", "gain"}
+
+
+def test_the_papers_tables_are_on_disk(study):
+    run = study[0] / RUNS[0] / "seed0"
+    for name in ("table2_mean_iou", "table2_iou_lesion", "li_table1", "li_table2", "li_table3", "li_table4"):
+        assert "paper" in (run / f"{name}.md").read_text() and (run / f"{name}.tex").stat().st_size
+    for name in ("fig_heatmaps", "fig_iou_lesion_by_threshold", "fig8_scaled_cams", "fig9_consistency", "fig11_importance"):
+        assert (run / f"{name}.png").stat().st_size and (run / f"{name}.pdf").stat().st_size
 
 
 def test_executed_notebooks_are_whole_and_free_of_errors(study):
     folder, _ = study
     notebooks = [folder / run / "seed0" / f"{lens}.ipynb" for run in RUNS for lens in LENSES]
+    notebooks += [folder / RUNS[0] / "seed0" / f"{lens}.ipynb" for lens in ("06_attribution", "07_feature_analysis")]
     notebooks += [folder / "00_data.ipynb", folder / "05_figures.ipynb"]
+    notebooks += [folder.parent / "smoke_rsna" / f"{name}.ipynb" for name in ("00_data", "08_intention")]
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)
         assert notebook.metadata.papermill.exception is None, path
@@ -148,7 +166,7 @@ def test_executed_notebooks_are_whole_and_free_of_errors(study):
 
 def test_progress_is_visible(study):
     _, said = study
-    assert "of 10 steps" in said  # all but 00_data, which the killed call had finished
+    assert "of 15 steps" in said  # all but 00_data, which the killed call had finished
     assert "100%" in said and "(100%) done" in said
     assert "epoch 2/2" in said and "validation AUROC" in said or "already trained" in said
 
@@ -201,13 +219,22 @@ def test_imagenet_weights_that_cannot_be_had_stop_before_any_work(project, small
 # ---- the graph
 
 
-@pytest.mark.parametrize("study, arguments", [
-    ("demo", []), ("nih_sample", ["DATA_ROOT=films"]), ("nih", ["DATA_ROOT=films", "PROFILE=slurm"])])
-def test_a_study_is_sixteen_runs_and_their_notebooks(project, study, arguments, tmp_path):
+OF_ALL = {"data": 1, "train": 16, "metrics": 16, "cam_alignment": 16, "dissection": 16, "figures": 1, "all": 1}
+# Of the demo besides: two pretexts, from which its backbones start, and its companions: pneumonia (3 runs), the confounder (1), digits (2).
+OF_DEMO = {**OF_ALL, "pretext": 2, "data": 4, "train": 22, "attribution": 4, "features": 7, "intention": 1}
+
+
+@pytest.mark.parametrize("study, arguments, expected", [
+    ("demo", [], OF_DEMO),
+    ("nih_sample", ["DATA_ROOT=films"], {**OF_ALL, "attribution": 3, "features": 2}),
+    ("nih", ["DATA_ROOT=films", "PROFILE=slurm"], {**OF_ALL, "attribution": 4, "features": 4}),
+    ("nih_sample", ["DATA_ROOT=films", f"RUNS={' '.join(RUNS)}"],
+     {"data": 1, "train": 2, "metrics": 2, "cam_alignment": 2, "dissection": 2, "figures": 1, "attribution": 1, "features": 1, "all": 1}),
+    ("rsna", ["DATA_ROOT=films"], {"data": 1, "train": 3, "intention": 1, "all": 1})])
+def test_a_study_is_its_runs_and_their_notebooks(project, study, arguments, expected, tmp_path):
     jobs = dry_run(project, f"STUDY={study}", *arguments, OUTPUTS=str(tmp_path))
     assert jobs.pop("total") == sum(jobs.values())
-    assert jobs.pop("pretext", 0) == (2 if study == "demo" else 0)  # a run on other films, from which each backbone starts
-    assert jobs == {"data": 1, "train": 16, "metrics": 16, "cam_alignment": 16, "dissection": 16, "figures": 1, "all": 1}
+    assert jobs == expected
 
 
 def test_make_passes_on_what_it_is_given(project):

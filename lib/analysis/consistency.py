@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor, nn
 
+from lib.analysis.activations import s_cam
 from lib.analysis.cam import feature_mask, normalise, resize
-from lib.analysis.integrated import s_cam
 
 SIGNIFICANCE = 0.05
 _BLOCK = 2**21                                  # float64 values of one intermediate array (16 MiB)
@@ -32,7 +32,7 @@ def class_totals(raw: Tensor, alpha: ArrayLike, beta: ArrayLike, size: int | tup
     raw : float (B, C, h, w)
         Signed maps.
     alpha, beta : float or float (C,)
-        Of `integrated.tanh_scale` (or `linear_scale`), with `order` and `kind` as for `integrated.s_cam`.
+        Of `activations.tanh_scale` (or `linear_scale`), with `order` and `kind` as for `activations.s_cam`.
     size : int or (int, int)
         Of the film.
 

@@ -5,33 +5,25 @@ Where the head pools the layer and is linear, all classes and gradient methods c
 """
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy import special
 from torch import Tensor, nn
 
 from lib.analysis import cam, consistency
-from lib.analysis.inference import Output, stream
-from lib.analysis.integrated import (
-    ActivationDistribution,
-    Importance,
-    ImportanceMatrix,
-    carriers,
-    film_distances,
-    linear_scale,
-    overlap,
-    participation,
-    select_features,
-    tanh_scale,
-)
-from lib.analysis.lenses import pooled_maps
+from lib.analysis.activations import ActivationDistribution, linear_scale, tanh_scale
+from lib.analysis.inference import Output, predict, stream
+from lib.analysis.integrated import Importance, ImportanceMatrix, carriers, film_distances, overlap, participation, select_features
 from lib.analysis.model_cams import Cams, model_cams
 from lib.analysis.statistics import patient_replicates
 
 ALL = {"all": None}
 GRADIENT = ("grad", "hires", "gradpp", "xgrad")  # the four that the paper has numbers for
+_NO_FILMS = "there are no films: the split, or what was chosen from it, is empty"
+_BLOCK = 2**20  # weights of replicates at a time, float64 (8 MiB)
 
 
 @dataclass(frozen=True)
@@ -72,34 +64,53 @@ def film_cams(model: nn.Module, batches: Iterable, layer: str, methods: Sequence
     Yields
     ------
     batch, Output, dict of (method, name of the mask) to Cams
+
+    Raises
+    ------
+    ValueError
+        No films; a layer, method or mask that `model_cams` or `cam.feature_mask` refuses.
     """
-    head = getattr(model, "head", None)
+    head, output = getattr(model, "head", None), None
     for batch in batches:
         [output] = stream(model, [batch], [layer], token_grid)
         chosen = list(range(output.logits.shape[1])) if classes is None else list(classes)
-        pooled, found = _is_pooled(output, layer, head), {}
-        for method, name in product(methods, masks):
-            mask = None if masks[name] is None else torch.as_tensor(masks[name][method])
-            if pooled and method in cam.METHODS:
-                weights, maps = head.weight.detach()[chosen], output.maps[layer]
-                raw = cam.class_activation_maps(maps, weights, method, features=mask)
-                found[method, name] = Cams(raw, cam.channel_contributions(maps, weights, method), output.logits)
-            else:
-                # One seed per film: noise belongs to the film, not to its place in a batch.
-                found[method, name] = model_cams(model, batch.images, layer, chosen, method, mask, token_grid=tuple(token_grid) or None,
-                                                 seed=np.asarray(batch.rows).tolist(), progress=progress)
+        maps, found = output.maps[layer], {}
+        n_features = maps.shape[1]
+        weights = head.weight.detach().to(maps)[chosen] if _is_pooled(output, layer, head) else None
+        for method in methods:
+            kept = {name: None if mask is None else cam.feature_mask(mask[method], len(chosen), n_features).to(maps) for name, mask in masks.items()}
+            if weights is not None and method in cam.METHODS:
+                terms = cam.channel_contributions(maps, weights, method)
+                for name, mask in kept.items():
+                    raw = cam.class_activation_maps(maps, weights, method, features=mask)
+                    found[method, name] = Cams(raw, terms if mask is None else terms * mask, output.logits)
+                continue
+            # Every choice of features asks for the classes once more, so all share one forward pass, or the passes of a perturbation method.
+            ones = maps.new_ones(len(chosen), n_features)
+            together = torch.cat([ones if mask is None else ones * mask for mask in kept.values()])
+            # One seed per film: noise belongs to the film, not to its place in a batch.
+            cams = model_cams(model, batch.images, layer, chosen * len(kept), method, together, token_grid=tuple(token_grid) or None,
+                              seed=np.asarray(batch.rows).tolist(), progress=progress)
+            for name, raw, terms in zip(kept, cams.maps.chunk(len(kept), 1), cams.contributions.chunk(len(kept), 1)):
+                found[method, name] = Cams(raw, terms, cams.logits)
         yield batch, output, found
+    if output is None:
+        raise ValueError(_NO_FILMS)
 
 
 def _is_pooled(output: Output, layer: str, head: object) -> bool:
-    weight = getattr(head, "weight", None)
-    if not isinstance(head, nn.Linear) or output.maps[layer].shape[1] != weight.shape[1]:
+    """Whether the logits are the spatial means of the layer's maps through the linear `head`, up to rounding."""
+    maps = output.maps[layer]
+    if not isinstance(head, nn.Linear) or maps.shape[1] != head.in_features or output.logits.shape[1] != head.out_features:
         return False
-    try:
-        pooled_maps(output, layer, weight.detach())
-    except ValueError:
-        return False
-    return True
+    # Bias included: if only the differences between films had to agree, a batch of one film would pass with any layer.
+    pooled, weight, bias = maps.mean((2, 3)), head.weight.detach().to(maps), _bias(head).to(maps)
+    rounding = 1e-5 * (maps.abs().mean((2, 3)) @ weight.abs().T + bias.abs())
+    return bool(((output.logits - pooled @ weight.T - bias).abs() <= rounding).all())
+
+
+def _bias(head: nn.Linear) -> Tensor:
+    return head.weight.detach().new_zeros(head.out_features) if head.bias is None else head.bias.detach()
 
 
 def survey(model: nn.Module, batches: Iterable, targets: np.ndarray, classes: Sequence[str], layer: str, methods: Sequence[str] = GRADIENT, *,
@@ -119,7 +130,7 @@ def survey(model: nn.Module, batches: Iterable, targets: np.ndarray, classes: Se
     Raises
     ------
     ValueError
-        No films.
+        As `film_cams`; labels that do not fit the classes or the model's outputs.
     """
     matrices = {method: ImportanceMatrix(classes) for method in methods}
     distributions = {method: ActivationDistribution(classes, size) for method in methods if size}
@@ -131,16 +142,16 @@ def survey(model: nn.Module, batches: Iterable, targets: np.ndarray, classes: Se
             matrices[method].update(found.contributions, targets[rows[-1]])
             if size:
                 distributions[method].update(found.maps)
-    if not rows:
-        raise ValueError("no films to survey: the split is empty")
     return Survey({method: matrix.result() for method, matrix in matrices.items()}, distributions, np.concatenate(rows), np.concatenate(logits))
 
 
 def common_scale(distribution: ActivationDistribution, kind: str = "tanh", bounds: str = "pixels") -> tuple[np.ndarray, np.ndarray]:
     """alpha and beta of each class, float64 (C,) (eq. 2). `kind`: 'tanh' or 'linear'; `bounds`: 'pixels' or 'image_extremes' (A40, A41).
 
-    A class whose activations do not vary has NaN in both.
+    A class whose activations do not vary between the bounds has NaN in both.
     """
+    if kind not in ("tanh", "linear") or bounds not in ("pixels", "image_extremes"):
+        raise ValueError(f"no common scale {kind!r} with bounds {bounds!r}: choose tanh or linear, and pixels or image_extremes")
     low, high = distribution.percentiles((10, 90)).value if bounds == "pixels" else distribution.image_extremes()
     varies = high > low
     scale = tanh_scale if kind == "tanh" else linear_scale
@@ -168,7 +179,7 @@ def activation_sums(model: nn.Module, batches: Iterable, layer: str, selected: i
     -------
     DataFrame
         A row per film, method, features ('all', 'principal') and scale ('individual', 'common_raw', 'common_tanh'): row, method, features, scale,
-        activation, logit.
+        activation (NaN on a scale of NaN), logit.
     """
     masks, parts = _named(features), []
     for batch, output, cams in film_cams(model, batches, layer, list(scales), masks=masks, token_grid=token_grid, classes=[selected]):
@@ -185,36 +196,55 @@ def activation_sums(model: nn.Module, batches: Iterable, layer: str, selected: i
 def consistency_table(sums: pd.DataFrame, patients: Mapping[int, str], n_replicates: int, seed: int = 0) -> pd.DataFrame:
     """Correlation of activation sums with logits, a row per method, features and scale, with the interval over patients of the chosen one.
 
-    `sums` : of `activation_sums`. `patients` : of each film row. Columns: method, features, scale, pearson, spearman, normal, chosen, n, ci_low,
-    ci_high, note.
+    `sums` : of `activation_sums`. `patients` : of each film row. Columns: method, features, scale, pearson, spearman, normal, chosen ('pearson' or
+    'spearman', by the rule of `consistency.consistency`; '' where neither exists), n, ci_low, ci_high (95 %; NaN for fewer than two patients), note.
     """
     rows = []
     for (method, label, scale), part in sums.groupby(["method", "features", "scale"], sort=False):
+        if part["activation"].isna().all():
+            rows.append((method, label, scale, np.nan, np.nan, False, "", len(part), np.nan, np.nan, "the class has no common scale"))
+            continue
         found = consistency.consistency(part["activation"], part["logit"])
         low, high = _interval(part, patients, found.used, n_replicates, seed)
-        rows.append((method, label, scale, found.pearson, found.spearman, found.normal, found.used or "spearman", found.n, low, high, found.note))
+        rows.append((method, label, scale, found.pearson, found.spearman, found.normal, found.used, found.n, low, high, found.note))
     names = ["method", "features", "scale", "pearson", "spearman", "normal", "chosen", "n", "ci_low", "ci_high", "note"]
     return pd.DataFrame(rows, columns=names)
 
 
 def _interval(part: pd.DataFrame, patients: Mapping[int, str], used: str, n_replicates: int, seed: int) -> tuple[float, float]:
-    if not n_replicates or not used:
+    """Percentile interval of the correlation `used`; ranks are taken anew in every replicate, a film drawn twice counting as two."""
+    draws = patient_replicates([patients[row] for row in part["row"]], n_replicates, seed)
+    if not n_replicates or not used or draws.counts.shape[1] < 2:
         return np.nan, np.nan
-    pair = part[["activation", "logit"]]
-    values = (pair.rank() if used == "spearman" else pair).to_numpy(np.float64)
-    owner = np.array([patients[row] for row in part["row"]])
-    draws = patient_replicates(owner, n_replicates, seed)
-    weights = draws.counts[:, draws.patient].astype(np.float64)
-    mean = weights @ values / weights.sum(1, keepdims=True)
-    square = weights @ values**2 / weights.sum(1, keepdims=True) - mean**2
-    both = weights @ values.prod(1) / weights.sum(1) - mean.prod(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = both / np.sqrt(square.prod(1))
-    return tuple(np.nanpercentile(drawn, [2.5, 97.5])) if np.isfinite(drawn).any() else (np.nan, np.nan)
+    values = [part[name].to_numpy(np.float64) for name in ("activation", "logit")]
+    groups = [np.unique(value, return_inverse=True)[1] for value in values]
+    starts = [np.searchsorted(np.sort(group), np.arange(group.max() + 1)) for group in groups]
+    values = [(value - value.mean()) / value.std() for value in values]
+    drawn, step = [], max(1, _BLOCK // len(part))
+    for start in range(0, n_replicates, step):
+        weights = draws.counts[start:start + step, draws.patient].astype(np.float64)
+        pair = values
+        if used == "spearman":
+            shares = [np.add.reduceat(weights[:, np.argsort(group, kind="stable")], first, axis=1) for group, first in zip(groups, starts)]
+            pair = [(share.cumsum(1) - share / 2)[:, group] for share, group in zip(shares, groups)]
+        drawn.append(_weighted_correlation(*pair, weights))
+    drawn = np.concatenate(drawn)
+    drawn = drawn[np.isfinite(drawn)]
+    return tuple(np.percentile(drawn, [2.5, 97.5])) if len(drawn) else (np.nan, np.nan)
 
 
-def masking_effect(model: nn.Module, batches: Iterable, layer: str, selected: int, methods: Sequence[str], *, features: Mapping[str, np.ndarray] | None = None,
-                   softmax: bool = False, token_grid: Sequence[int] = ()) -> pd.DataFrame:
+def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Pearson correlation under each row of weights (R, N), of x and y (N,) or (R, N); NaN where one of them is constant."""
+    total = weights.sum(1, keepdims=True)
+    away = [value - (weights * value).sum(1, keepdims=True) / total for value in (x, y)]
+    squares = [(weights * value**2).sum(1) for value in away]
+    size = [(weights * value**2).sum(1) for value in (x, y)]
+    constant = np.logical_or(*(square <= 1e-24 * whole for square, whole in zip(squares, size)))
+    return np.where(constant, np.nan, (weights * away[0] * away[1]).sum(1) / np.sqrt(np.where(constant, 1, squares[0] * squares[1])))
+
+
+def masking_effect(model: nn.Module, batches: Iterable, layer: str, selected: int, methods: Sequence[str], *,
+                   features: Mapping[str, np.ndarray] | None = None, softmax: bool = False, token_grid: Sequence[int] = ()) -> pd.DataFrame:
     """Confidence in one class before and after the film is multiplied by its map (sec. III-A), for the CAM and the FS-CAM of each method.
 
     Returns
@@ -222,25 +252,29 @@ def masking_effect(model: nn.Module, batches: Iterable, layer: str, selected: in
     DataFrame
         A row per method and features ('all', 'principal'): method, features, metric ('average_increase', 'average_drop'), value in %, n, n_zero.
     """
-    confidence = (lambda logits: logits.double().softmax(1)) if softmax else (lambda logits: logits.double().sigmoid())
-    seen: dict[tuple[str, str], list[Tensor]] = {}
+    seen: dict[tuple[str, str], list[np.ndarray]] = {}
     for batch, output, cams in film_cams(model, batches, layer, methods, masks=_named(features), token_grid=token_grid, classes=[selected]):
-        before, done = confidence(output.logits)[:, selected], []
+        before, done = _confidence(output.logits.cpu().numpy(), selected, softmax), []
         for key, found in cams.items():
-            films = consistency.masked_films(batch.images, found.maps[:, 0])
+            unit = cam.normalise(found.maps[:, 0])
             # Behind a pooled linear head several methods give one map: what has been asked of the model is not asked again.
-            after = next((answer for asked, answer in done if torch.allclose(asked, films, rtol=0, atol=1e-5)), None)
+            after = next((answer for asked, answer in done if torch.allclose(asked, unit, rtol=0, atol=1e-6)), None)
             if after is None:
-                with torch.inference_mode():
-                    after = confidence(model(films))[:, selected]
-                done.append((films, after))
-            seen.setdefault(key, []).append(torch.stack([before, after]).cpu())
+                films = SimpleNamespace(rows=batch.rows, images=consistency.masked_films(batch.images, found.maps[:, 0]))
+                after = _confidence(predict(model, [films]), selected, softmax)
+                done.append((unit, after))
+            seen.setdefault(key, []).append(np.stack([before, after]))
     rows = []
     for (method, label), parts in seen.items():
-        effect = consistency.increase_and_drop(*torch.cat(parts, 1).numpy())
+        effect = consistency.increase_and_drop(*np.concatenate(parts, axis=1))
         rows += [(method, label, "average_increase", effect.increase, effect.n, 0),
                  (method, label, "average_drop", effect.drop, effect.n - effect.n_zero, effect.n_zero)]
     return pd.DataFrame(rows, columns=["method", "features", "metric", "value", "n", "n_zero"])
+
+
+def _confidence(logits: np.ndarray, selected: int, softmax: bool) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    return special.softmax(logits, axis=1)[:, selected] if softmax else special.expit(logits[:, selected])
 
 
 def _named(features: Mapping[str, np.ndarray] | None) -> dict:
@@ -251,27 +285,34 @@ def logits_with(model: nn.Module, batches: Iterable, layer: str, masks: Mapping[
                 token_grid: Sequence[int] = ()) -> dict[Hashable, np.ndarray]:
     """Logits float32 (N, M) of some features only: the others are set to zero at the layer, and the forward pass goes on (sec. III-C).
 
-    `masks` : under any names 0/1 (F,), or (M, F) with a choice for each logit, which a layer that is pooled and followed by one linear layer
-    allows. There they all cost one forward pass; elsewhere one each.
+    `masks` : under any names 0/1 (F,), or (M, F) with a choice for each logit. For a layer that is pooled and followed by one linear layer all
+    cost one forward pass; elsewhere each different choice costs one. ValueError: no films, or masks that do not fit.
     """
     head, parts = getattr(model, "head", None), {name: [] for name in masks}
+    output = None
     for batch in batches:
         [output] = stream(model, [batch], [layer], token_grid)
-        pooled = output.maps[layer].mean((2, 3)) if _is_pooled(output, layer, head) else None
+        maps, n_outputs = output.maps[layer], output.logits.shape[1]
+        pooled = maps.mean((2, 3)) if _is_pooled(output, layer, head) else None
         for name, mask in masks.items():
+            mask = cam.feature_mask(mask, n_outputs, maps.shape[1])
             if pooled is not None:
-                logits = consistency.masked_logits(pooled, head.weight.detach(), head.bias.detach(), mask)
-            elif np.ndim(mask) == 1:
-                with consistency.masked_layer(model, layer, mask, axis=-1 if len(token_grid) else 1):
-                    logits = next(stream(model, [batch])).logits
+                logits = consistency.masked_logits(pooled, head.weight.detach(), _bias(head), mask).cpu().numpy()
             else:
-                raise ValueError(f"layer {layer} is not pooled by a linear head, so all logits share one choice of features: give masks (F,)")
-            parts[name].append(logits.float().cpu().numpy())
+                choices, which = np.unique(np.atleast_2d(mask.cpu().numpy()), axis=0, return_inverse=True)
+                passes = []
+                for choice in choices:
+                    with consistency.masked_layer(model, layer, choice, axis=-1 if len(token_grid) else 1):
+                        passes.append(predict(model, [batch]))
+                logits = np.stack(passes)[np.broadcast_to(which.reshape(-1), n_outputs), :, np.arange(n_outputs)].T
+            parts[name].append(logits)
+    if output is None:
+        raise ValueError(_NO_FILMS)
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
-def outliers(model: nn.Module, batches: Iterable, targets: np.ndarray, importance: np.ndarray, classes: Sequence[str], layer: str, method: str = "grad", *,
-             token_grid: Sequence[int] = ()) -> pd.DataFrame:
+def outliers(model: nn.Module, batches: Iterable, targets: np.ndarray, importance: np.ndarray, classes: Sequence[str], layer: str,
+             method: str = "grad", *, token_grid: Sequence[int] = ()) -> pd.DataFrame:
     """Films whose features differ from their class's column of the importance matrix, the strangest first: row, class, distance, logit.
 
     `importance` : float (F, C), `Importance.own` of training films. `distance` : see `integrated.film_distances`.
@@ -289,9 +330,11 @@ def outliers(model: nn.Module, batches: Iterable, targets: np.ndarray, importanc
 def carried(importance: np.ndarray, classes: Sequence[str], principal_share: float) -> pd.DataFrame:
     """How many features carry each class, and how far classes share them: class, n_features80, participation, overlap.
 
-    `overlap` : mean Jaccard index of the class's principal features (the top `principal_share`) with those of every other class.
+    `overlap` : mean Jaccard index of the class's principal features (the top `principal_share`) with those of every other class with films.
     """
-    shared = overlap(select_features(importance, principal_share))
+    masks = select_features(importance, principal_share)
+    shared = overlap(masks)
+    shared[:, ~masks.any(0)] = np.nan  # a class without films shares nothing, and says nothing about the others
     np.fill_diagonal(shared, np.nan)
     others = np.isfinite(shared).sum(1)
     return pd.DataFrame({"class": list(classes), "n_features80": carriers(importance).sum(0), "participation": participation(importance),
@@ -316,13 +359,13 @@ def responses(model: nn.Module, batches: Iterable, layer: str, selected: int, ma
     maps : float32 (K, size, size)
         Signed: the features times their weights, summed.
     """
-    best: list[tuple[float, int, np.ndarray]] = []
-    only = {"these": {method: torch.as_tensor(mask)[None]}}
+    best: list[tuple[float, int, Tensor]] = []
+    only = {"these": {method: torch.as_tensor(mask)}}
     for batch, _, cams in film_cams(model, batches, layer, [method], masks=only, classes=[selected], token_grid=token_grid):
-        maps = cams[method, "these"].maps[:, 0]
-        best += list(zip(maps.sum((1, 2)).tolist(), np.asarray(batch.rows).tolist(), cam.resize(maps, size).cpu().numpy()))
-        best = sorted(best, key=lambda item: -item[0])[:top]
-    return np.array([row for _, row, _ in best]), np.stack([maps for _, _, maps in best])
+        maps = cams[method, "these"].maps[:, 0].cpu()
+        best += zip(maps.double().sum((1, 2)).tolist(), np.asarray(batch.rows).tolist(), maps)
+        best = [(total, row, film.clone()) for total, row, film in sorted(best, key=lambda item: -item[0])[:top]]  # a view would keep its batch
+    return np.array([row for _, row, _ in best]), cam.resize(torch.stack([film for *_, film in best]), size).numpy()
 
 
 def importance_frame(train: Survey, test: Survey, classes: Sequence[str]) -> pd.DataFrame:
@@ -331,8 +374,8 @@ def importance_frame(train: Survey, test: Survey, classes: Sequence[str]) -> pd.
     for method, here in train.importance.items():
         n_features, n_classes = here.all.shape
         there = test.importance[method]
-        parts.append(pd.DataFrame({"class": np.repeat(list(classes), n_features), "feature": np.tile(np.arange(n_features), n_classes), "method": method,
-                                   "train": here.all.T.ravel(), "test": there.all.T.ravel(),
+        parts.append(pd.DataFrame({"class": np.repeat(list(classes), n_features), "feature": np.tile(np.arange(n_features), n_classes),
+                                   "method": method, "train": here.all.T.ravel(), "test": there.all.T.ravel(),
                                    "train_own": here.own.T.ravel(), "test_own": there.own.T.ravel()}))
     return pd.concat(parts, ignore_index=True)
 
@@ -343,4 +386,5 @@ def importance_curve(importance: np.ndarray, classes: Sequence[str]) -> pd.DataF
     total = positive[-1:]
     share = np.divide(positive, total, out=np.full(positive.shape, np.nan), where=total > 0)
     n_features, n_classes = share.shape
-    return pd.DataFrame({"class": np.repeat(list(classes), n_features), "k": np.tile(np.arange(1, n_features + 1), n_classes), "share": share.T.ravel()})
+    k = np.tile(np.arange(1, n_features + 1), n_classes)
+    return pd.DataFrame({"class": np.repeat(list(classes), n_features), "k": k, "share": share.T.ravel()})
