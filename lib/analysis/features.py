@@ -334,7 +334,8 @@ def carried(importance: np.ndarray, classes: Sequence[str], principal_share: flo
     """
     masks = select_features(importance, principal_share)
     shared = overlap(masks)
-    shared[:, ~masks.any(0)] = np.nan  # a class without films shares nothing, and says nothing about the others
+    empty = ~masks.any(0)
+    shared[empty] = shared[:, empty] = np.nan  # a class without films is no evidence that classes share nothing
     np.fill_diagonal(shared, np.nan)
     others = np.isfinite(shared).sum(1)
     return pd.DataFrame({"class": list(classes), "n_features80": carriers(importance).sum(0), "participation": participation(importance),
