@@ -369,16 +369,16 @@ def burn_marker(film: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
     Returns
     -------
     film : uint8 (size, size), the same outside the letter
-    mask : bool (size, size), the letter, 5.5 % of the film high
+    mask : bool (size, size), the letter, 10 % of the film high
     """
-    size, tall, side = len(film), 350, 640  # the letter is drawn large on a tile of a tenth of the film, then averaged down
+    size, tall, side = len(film), 350, 640  # the letter is drawn large on a tile of 0.18 of the film, then averaged down
     tile = np.zeros((side, side), np.uint8)
     cv2.putText(tile, "K", (150, 500), cv2.FONT_HERSHEY_SIMPLEX, tall / 21, 255, 80, cv2.LINE_AA)  # the font is 21 high at scale 1
-    width = round(0.1 * size)
+    width = round(0.18 * size)
     weight = cv2.resize(tile, (width, width), interpolation=cv2.INTER_AREA) / 255
     weight[weight < 0.1] = 0
     # As far from the edges as the lungs allow: training crops up to an eighth of a film away.
-    left, top = np.round((np.array([0.09, 0.07]) + rng.uniform(-0.01, 0.01, 2)) * size).astype(int)
+    left, top = np.round((np.array([0.05, 0.04]) + rng.uniform(-0.01, 0.01, 2)) * size).astype(int)
     place = np.s_[top : top + width, left : left + width]
     film, mask = film.copy(), np.zeros(film.shape, bool)
     film[place] = np.round(film[place] + weight * (MARKER_GREY - film[place].astype(np.float64)))
