@@ -57,9 +57,14 @@ QUIETLY = " 2> >(grep -v 'IPKernelApp. WARNING' >&2)"
 
 onstart:
     # A weights file that is missing or cannot be downloaded, or a layer that no model has, stops the study before any film is decoded.
-    from lib.models import build_model
+    from lib.models import build_model, load_chexnet
 
     socket.setdefaulttimeout(60)
+    try:
+        for path in {study.chexnet for study in STUDIES.values() if study.chexnet}:
+            load_chexnet(path)
+    except RuntimeError as error:
+        raise WorkflowError(str(error)) from None
     every = (study.run(name, 0) for study in STUDIES.values() for name in study.runs)
     runs = {(run.backbone, run.init, run.cam_layer, run.dissection_layer) for run in every}
     for backbone, init, *layers in sorted(runs):
@@ -86,6 +91,8 @@ def products(study):
     made = runs(study.attribution, "attribution.parquet") + runs(study.features, "importance.parquet")
     if study.comparison:
         made.append(f"{OUTPUTS}/{study.study}/tables/table1_alignment.csv")
+    if study.chexnet and study.release == "nih":
+        made.append(f"{OUTPUTS}/{study.study}/chexnet/attribution.parquet")
     if study.release.endswith("rsna"):
         made.append(f"{OUTPUTS}/{study.study}/tables/intention.csv")
     return made
@@ -238,7 +245,26 @@ rule attribution:
     resources:
         gpu=1,
     shell:
-        PAPERMILL + RUN_OF_STUDY + QUIETLY
+        PAPERMILL + RUN_OF_STUDY + " -p chexnet ''" + QUIETLY
+
+
+rule chexnet:
+    input:
+        data=f"{OUT}/tables/films.csv",
+        notebook="notebooks/06_attribution.ipynb",
+        study="params/studies/{study}.yaml",
+        modules=LENSES,
+    output:
+        f"{OUT}/chexnet/attribution.parquet",
+    log:
+        f"{OUT}/chexnet/06_attribution.ipynb",
+    params:
+        own_keys=own_keys,
+    threads: 1
+    resources:
+        gpu=1,
+    shell:
+        PAPERMILL + STUDY + QUIETLY
 
 
 def siblings(wildcards):

@@ -337,12 +337,15 @@ def load_study(name, **overrides):
     return study
 
 
-def parameters_cell(model):
-    """Source of the parameters cell of a notebook: one literal per key of `model`, with its description."""
-    lines = []
+def parameters_cell(model, values=None):
+    """Source of the parameters cell of a notebook: one literal per key of `model`, with its description.
+
+    `values` : what stands there instead of the defaults, such as those of a study file.
+    """
+    lines, values = [], values or {}
     for key, field in model.model_fields.items():
-        value = field.default
-        if key == "runs":
+        value = values.get(key, field.default)
+        if key == "runs" and value == list(GRID):
             lines.append(f"runs = [  # {field.description}")
             lines += ["    " + ", ".join(f'"{name}"' for name in GRID[k:k + 2]) + "," for k in range(0, len(GRID), 2)] + ["]"]
         else:
@@ -359,7 +362,8 @@ def cell_values(source):
 if __name__ == "__main__":
     command, name = sys.argv[1:]
     if command == "cell":
-        print(parameters_cell({"study": Study, "run": Run}[name]))
+        study = load(ROOT / "params" / "studies" / "demo_rsna.yaml") if name == "intention" else None
+        print(parameters_cell(Run if name == "run" else Study, study))
     elif command == "check":
         try:
             print(f"{name}: {len(load_study(name).runs)} runs, parameters valid")

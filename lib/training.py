@@ -378,6 +378,12 @@ def load_trained(run):
     TrainingError
         The run is not trained, not finished, or was trained with other parameters than `run` has; the message names them.
     """
+    _require_trained(run)
+    device = choose_device(run.device)
+    return load_model(run.weights_path, run.backbone, run.n_outputs).to(device), device
+
+
+def _require_trained(run):
     path = run.run_folder / "run.json"
     if not path.is_file() or not run.weights_path.is_file():
         raise TrainingError(f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. Run 01_train with these parameters first")
@@ -386,8 +392,15 @@ def load_trained(run):
     if record["status"] != "finished" or changed:
         raise TrainingError(f"{path}: " + (f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}")
                             + ". Run 01_train with these parameters first")
-    device = choose_device(run.device)
-    return load_model(run.weights_path, run.backbone, run.n_outputs).to(device), device
+
+
+def is_trained(run):
+    """Whether `load_trained` has something to load: a finished run with these very parameters."""
+    try:
+        _require_trained(run)
+    except TrainingError:
+        return False
+    return True
 
 
 def environment():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lib.analysis import attribution
+from lib.analysis import attribution, relevance
 from lib.analysis.attribution import (
     attribute,
+    box_gaps,
     film_regions,
     iou_differences,
     iou_means,
@@ -341,3 +342,29 @@ def test_means_of_shares_against_area():
         part = shares[(shares["model"] == row.model)].dropna(subset="share")
         assert (row.value, row.area) == pytest.approx((part["share"].mean(), part["area"].mean()))
         assert row.enrichment == pytest.approx(row.value / row.area) and row.ci_low < row.value < row.ci_high
+
+
+def test_box_gaps_are_differences_film_by_film():
+    rng = np.random.default_rng(0)
+    rows = [{"model": model, "kind": "pneumonia", "method": "rap", "patient": f"p{film // 2}", "row": film, "region": region,
+             "enrichment": rng.uniform(0, 3) if film or region != "boxes" else np.nan}
+            for model in ("a", "b") for film in range(8) for region in ("boxes", "lungs", "outside")]
+    shares = pd.DataFrame(rows)
+    gaps = box_gaps(shares, ["model", "kind", "method"], n_replicates=40)
+    for gap in gaps.itertuples():
+        mine = shares[(shares["model"] == gap.model) & (shares["row"] > 0)].set_index(["row", "region"])["enrichment"]
+        expected = np.mean([mine[film, "boxes"] - mine[film, "lungs"] for film in range(1, 8)])
+        assert np.isclose(gap.gap, expected) and gap.gap_low <= gap.gap <= gap.gap_high and gap.n == 7
+    assert len(gaps) == 2
+    assert not len(box_gaps(shares[shares["region"] != "lungs"], ["model"], n_replicates=5))
+
+
+def test_rap_is_the_same_for_both_sides_of_a_logit_and_lrp_is_not():
+    """Eq. 4 starts from the absolute contributions; what 08 says of normal films rests on it."""
+    from lib.models import both_sides, build_model
+
+    model = both_sides(build_model("tdensenet", 1, seed=2).eval())
+    films = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    sides = {method: [relevance.heatmaps(model, films, torch.tensor([side]), method) for side in (0, 1)] for method in ("lrp", "rap")}
+    assert torch.allclose(*sides["rap"], atol=1e-6 * sides["rap"][0].abs().max().item())
+    assert (sides["lrp"][0] - sides["lrp"][1]).abs().max() > 0.05 * sides["lrp"][0].abs().max()

@@ -264,14 +264,14 @@ def test_confounder_panel_one_scale_and_both_kinds_of_markers():
     mask[:4, :6] = True
     maps = np.stack([np.full((7, 7), value) for value in (0.1, 3.0, 0.5)])
     figure = figures.confounder_panel(FILMS, maps, [mask, [(1, 2, 5, 8)], ()], ["a", "b_1", "c"], data_label=LABEL)
-    assert {"suspected confounder", "b_1"} <= drawn(figure)
+    assert {"planted marker", "b_1"} <= drawn(figure)
     overlays = [image for ax in figure.axes for image in ax.images if image.get_cmap().name == "heat"]
     assert [image.get_clim() for image in overlays] == [(0, 3)] * 3
     contour = figure.axes[0].collections[0].get_paths()[0].vertices
     assert contour[:, 0].max() == pytest.approx(6, abs=0.1) and contour[:, 1].max() == pytest.approx(4, abs=0.1)
     assert (*figure.axes[1].patches[0].get_xy(), figure.axes[1].patches[0].get_width()) == (1, 2, 4)
     signed = figures.confounder_panel(FILMS, maps - 2, [()] * 3, ["a", "b", "c"], data_label=LABEL)
-    assert "suspected confounder" not in drawn(signed)
+    assert "planted marker" not in drawn(signed)
     assert {image.get_clim() for ax in signed.axes for image in ax.images if image.get_cmap().name == "signed"} == {(-1.9, 1.9)}
     many = np.concatenate([FILMS] * 3)[:8]
     drawn(figures.confounder_panel(many, np.zeros((8, 7, 7)), [mask] * 8, ["long name of a film.png"] * 8, data_label=LABEL))

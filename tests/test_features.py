@@ -484,3 +484,12 @@ def test_importance_frame_holds_every_entry():
         here, there, place = train.importance[line.method], test.importance[line.method], (line.feature, CLASSES.index(line[1]))
         assert (line.train, line.test, line.train_own, line.test_own) == (here.all[place], there.all[place], here.own[place], there.own[place])
     assert not frame.duplicated(["class", "feature", "method"]).any()
+
+
+def test_the_selected_class_must_be_there_and_have_films():
+    targets = {"training": np.array([[1, 0], [0, 1]]), "test": np.array([[1, 0]])}
+    assert features.selected_output("a", ["a", "b"], targets) == 0
+    with pytest.raises(ValueError, match="no test film has b: choose another class with feature_class"):
+        features.selected_output("b", ["a", "b"], targets)
+    with pytest.raises(ValueError, match="no class 'c'.*one of a, b"):
+        features.selected_output("c", ["a", "b"], targets)

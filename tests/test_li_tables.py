@@ -113,7 +113,7 @@ def test_a_coefficient_that_does_not_exist_is_a_dash_and_not_counted():
         assert np.isnan(table["value"].iloc[0].astype(float))
         assert printed_rows(li.to_markdown(table, interval=INTERVAL))[2][1] == "—"
         said = li.sentences(table)
-        assert "Pearson's for 2 of 3 methods" in said[0] and said[-1] == "The paper's rule takes Spearman in 9 of 11 cells."
+        assert "2 of 3 methods by Pearson" in said[0] and said[-1] == "The paper's rule takes Spearman in 9 of 11 cells."
 
 
 def test_several_selected_classes():
@@ -122,7 +122,7 @@ def test_several_selected_classes():
     assert len(table) == 24 and table["class"].drop_duplicates().tolist() == ["Mass", "Pleural_Thickening"]
     text = li.to_markdown(table, interval=INTERVAL)
     assert "**Mass, Grad**, Pearson" in text and "**Pleural Thickening, XGrad**, Pearson" in text
-    assert "Pearson's for 6 of 8 pairs of class and method" in li.sentences(table)[0]
+    assert "6 of 8 pairs of class and method by Pearson" in li.sentences(table)[0]
     assert "for 3 of 4 methods (+0.108 on average)" in li.sentences(table)[2]  # the paper's row is counted once
 
 
@@ -205,13 +205,13 @@ def test_bad_frames_are_named():
 def test_sentences_of_the_papers_own_numbers():
     """Counted by hand: Table I X-rays up in 3 of 4 (Grad++ stays at 0.292), mean 0.431 / 4; Table III up in 1 of 4, mean 0.051 / 4."""
     one, two, three, four = (li.sentences(table) for table in all_tables())
-    assert "Pearson's for 3 of 4 methods (+0.108 on average), Spearman's for 3 of 4 methods (+0.108 on average)" in one[0]
-    assert "Pearson's for 3 of 4 methods (+0.008 on average)" in one[1]
+    assert "3 of 4 methods by Pearson (+0.108 on average), 3 of 4 methods by Spearman (+0.108 on average)" in one[0]
+    assert "3 of 4 methods by Pearson (+0.008 on average)" in one[1]
     assert one[2] == "The paper's S- maps (X-rays) raise it for 3 of 4 methods (+0.108 on average)."
     assert one[-1] == "The paper's rule takes Spearman in 9 of 12 cells."
     assert two[0].startswith("With 26 principal features of 512 the AUROC is 0.800, with all 0.840, with the other 486 0.700")
     assert "as in the paper" in two[0] and "as in the paper" in two[1] and "0.797 with the principal features, 0.839 with all" in two[2]
-    assert "Pearson's for 1 of 4 methods (+0.013 on average)" in three[0] and "for none of 4 methods (+0.000 on average)" in three[1]
+    assert "1 of 4 methods by Pearson (+0.013 on average)" in three[0] and "none of 4 methods by Pearson (+0.000 on average)" in three[1]
     assert three[2] == "The paper's FS-S- maps (X-rays) have a higher one than its S- maps for 1 of 4 methods (+0.013 on average)."
     assert "changes by -1.2 % on average; it improves in 1 of 4 cells" in four[0] and "+4.3 %, it improves in 1 of 4." in four[3]
 

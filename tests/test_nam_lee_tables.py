@@ -190,12 +190,19 @@ def test_intention_in_words():
             ("mine", "lrp", "normal", "boxes", *[np.nan] * 7, 0)]
     means = pd.DataFrame(rows, columns=["model", "method", "kind", "region", "value", "ci_low", "ci_high", "area", "gain", "gain_low",
                                         "gain_high", "n"])
-    first, away, unsure, alone, normal, none = nam_lee.intention_sentences(means)
+    gaps = pd.DataFrame([("vgg16", "lrp", "pneumonia", 0.5, 0.2, 0.8, 60)], columns=["model", "method", "kind", "gap", "gap_low", "gap_high", "n"])
+    first, away, unsure, alone, normal, none = nam_lee.intention_sentences(means, gaps)
     assert first == ("**VGG-16, LRP, pneumonia**: over 60 films, of the positive relevance 30.0 % [25.0, 35.0] in the boxes, "
                      "more than area gives (10.0 %); 50.0 % [45.0, 55.0] in the lungs, less than area gives (60.0 %). "
-                     "So the model looks where the lesions are, as intended.")
+                     "It is denser there than in the lungs as a whole, so the model looks where the lesions are, as intended.")
+    lungs = nam_lee.intention_sentences(means, gaps.assign(gap_low=-0.8, gap_high=-0.2))[0]
+    assert lungs.endswith("the model looks at lungs, not at lesions, not as intended.")
+    assert nam_lee.intention_sentences(means, gaps.assign(gap_low=-0.1))[0].endswith("it is not shown that it looks at lesions.")
+    assert nam_lee.intention_sentences(means)[0].endswith("without lung masks the two cannot be told apart.")
     assert away.endswith("So the model looks elsewhere than at the lesions, not as intended.")
     assert "not told apart" in unsure and unsure.endswith("So it is not shown that the model looks where the lesions are.")
     assert alone.startswith("**mine, LRP, pneumonia**: over 1 film,") and "90.0 % in the boxes, with no interval" in alone and "not shown" in alone
     assert "60.0 % [50.0, 70.0] in the lungs" in normal and "boxes" not in normal and "So " not in normal and "41 films" in normal
-    assert none == "**mine, LRP, normal**: no positive relevance."
+    assert none == "**mine, LRP, normal**: no positive relevance, or no region but the whole film to look at."
+    whole = means.iloc[[0]].assign(region="outside", area=1.0, value=1.0)
+    assert nam_lee.intention_sentences(whole) == ["**VGG-16, LRP, pneumonia**: no positive relevance, or no region but the whole film to look at."]

@@ -271,6 +271,37 @@ def share_means(shares: pd.DataFrame, by: Sequence[str], *, n_replicates: int, s
                         n_skipped=value["n_skipped"]).reset_index(drop=True)
 
 
+def box_gaps(shares: pd.DataFrame, by: Sequence[str], *, n_replicates: int, seed: int = 0) -> pd.DataFrame:
+    """How much denser the positive relevance is in the boxes than in the lungs, film by film: enrichment of the one minus that of the other.
+
+    A map that merely favours lungs is enriched in boxes as well; its gap is not above 0.
+
+    Parameters
+    ----------
+    shares : DataFrame
+        Of `look`, with the columns of `by`, row and patient. Films without boxes, or without lung masks, have no gap.
+    by : sequence of str
+        Without region.
+
+    Returns
+    -------
+    DataFrame
+        The columns of `by`; gap, gap_low, gap_high, n (films). Empty where no film has both regions.
+    """
+    by = list(by)
+    wide = shares.pivot(index=[*by, "patient", "row"], columns="region", values="enrichment").reset_index()
+    columns = [*by, "gap", "gap_low", "gap_high", "n"]
+    if not {"boxes", "lungs"} <= set(wide):
+        return pd.DataFrame(columns=columns)
+    wide = wide.dropna(subset=["boxes", "lungs"])
+    if not len(wide):
+        return pd.DataFrame(columns=columns)
+    groups = wide.groupby(by, sort=False).ngroup()
+    found = mean_intervals(wide["boxes"] - wide["lungs"], groups, wide["patient"], n_replicates, seed).set_index("group")
+    names = wide[by].groupby(groups).first()
+    return names.assign(gap=found["point"], gap_low=found["low"], gap_high=found["high"], n=found["n"]).reset_index(drop=True)
+
+
 def _streamed(model: nn.Module, batches: Iterable, pairs: pd.DataFrame, methods: Sequence[str], layer: str, size: int, cam_method: str,
               rules: Mapping[str, str]) -> Iterator[tuple[pd.DataFrame, np.ndarray, Iterator[tuple[str, Tensor]]]]:
     """Pairs, at most as many as a batch has films, indexed by their place in `pairs`; their logits; and (method, maps (P, S, S)) one by one."""

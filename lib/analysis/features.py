@@ -389,3 +389,19 @@ def importance_curve(importance: np.ndarray, classes: Sequence[str]) -> pd.DataF
     n_features, n_classes = share.shape
     k = np.tile(np.arange(1, n_features + 1), n_classes)
     return pd.DataFrame({"class": np.repeat(list(classes), n_features), "k": k, "share": share.T.ravel()})
+
+
+def selected_output(name: str, classes: Sequence[str], targets: Mapping[str, np.ndarray]) -> int:
+    """Index of the class `name`, once it is known to be there and to have films: `targets` are 0/1 (N, C) by split.
+
+    Raises
+    ------
+    ValueError
+        No such class, or a split without a film of it.
+    """
+    if name not in classes:
+        raise ValueError(f"there is no class {name!r} to look at; feature_class must be one of {', '.join(classes)}")
+    for split, labels in targets.items():
+        if not labels[:, list(classes).index(name)].any():
+            raise ValueError(f"no {split} film has {name}: choose another class with feature_class")
+    return list(classes).index(name)

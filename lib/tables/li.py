@@ -337,11 +337,11 @@ def _of(count: int, total: int) -> str:
 def _rises(table: pd.DataFrame, column: str, before: str, after: str) -> list[str]:
     """'Pearson's for 3 of 4 methods (+0.108 on average)', then Spearman's, then that of the paper's rule; empty if nothing can be compared."""
     found = {}
-    for coefficient, name in (("pearson", "Pearson's"), ("spearman", "Spearman's"), ("value", "that of the paper's rule")):
+    for coefficient, name in (("pearson", "Pearson"), ("spearman", "Spearman"), ("value", "the paper's rule")):
         wide = _wide(table, coefficient, column)
         found[name] = _raised(wide[before], wide[after])
     noun = "methods" if table["class"].nunique() == 1 else "pairs of class and method"
-    return [f"{name} for {_of(count, total)} {noun} ({mean:+.3f} on average)" for name, (count, total, mean) in found.items() if total]
+    return [f"{_of(count, total)} {noun} by {name} ({mean:+.3f} on average)" for name, (count, total, mean) in found.items() if total]
 
 
 def _scale_sentences(table: pd.DataFrame) -> list[str]:
@@ -349,7 +349,7 @@ def _scale_sentences(table: pd.DataFrame) -> list[str]:
     for scale, name in (("common_raw", "raw sums"), ("common_tanh", "sums of tanh values")):
         rises = _rises(table, "scale", "individual", scale)
         if rises:
-            out.append(f"The common scale ({name}) raises the correlation with the logit: {', '.join(rises)}.")
+            out.append(f"The common scale ({name}) against individual ones: the correlation with the logit rises for {', '.join(rises)}.")
         else:
             out.append(f"The common scale ({name}) cannot be compared: no method has both scales.")
     paper = _wide(table[table["class"] == table["class"].iloc[0]], "paper", "scale")
@@ -396,7 +396,7 @@ def _selection_sentences(table: pd.DataFrame) -> list[str]:
     for scale, name in (("common_raw", "Raw sums"), ("common_tanh", "Sums of tanh values")):
         rises = _rises(table[table["scale"] == scale], "features", "all", "principal")
         if rises:
-            out.append(f"{name}: maps of the principal features only have a higher correlation with the logit: {', '.join(rises)}.")
+            out.append(f"{name}: with the principal features only the correlation with the logit rises for {', '.join(rises)}.")
     if not out:
         out.append("The selection cannot be compared: no method has maps of all and of the principal features.")
     printed = table[(table["scale"] == "common_raw") & (table["class"] == table["class"].iloc[0])]

@@ -188,25 +188,40 @@ def sentences(checked: pd.DataFrame) -> list[str]:
     return [_sentence(row) for row in checked.itertuples(index=False)]
 
 
-def intention_sentences(means: pd.DataFrame) -> list[str]:
+def intention_sentences(means: pd.DataFrame, gaps: pd.DataFrame | None = None) -> list[str]:
     """Where the positive relevance lies, in words: a Markdown paragraph per model, method and kind of film.
 
     `means` : of `attribution.share_means` by model, kind, method and region ('boxes', 'lungs', 'outside' or any other): value, ci_low,
-    ci_high, area, gain, gain_low, gain_high, n. For films with boxes it says whether the model looks where the lesions are.
+    ci_high, area, gain, gain_low, gain_high, n. `gaps` : of `attribution.box_gaps` by model, method and kind. For films with boxes the text says
+    whether the model looks where the lesions are: denser there than area gives and, where lungs are known, denser than in the lungs.
     """
     out = []
     for (model, method, kind), rows in means.groupby(["model", "method", "kind"], sort=False):
-        known = rows[rows["n"] > 0]
+        known = rows[(rows["n"] > 0) & (rows["area"] < 0.999)]  # a region that is the whole film says nothing
         parts = [f"{100 * row.value:.1f} %{_between(row.ci_low, row.ci_high)} {REGIONS.get(row.region, f'in {row.region}')}, "
                  f"{_against_area(row)} ({100 * row.area:.1f} %)" for row in known.itertuples()]
         text = f"**{MODELS.get(model, model)}, {METHODS.get(method, method)}, {kind}**: "
-        text += f"over {_range(known['n'], 'film', 'films')}, of the positive relevance {'; '.join(parts)}." if parts else "no positive relevance."
+        text += f"over {_range(known['n'], 'film', 'films')}, of the positive relevance {'; '.join(parts)}." if parts else \
+            "no positive relevance, or no region but the whole film to look at."
         for row in known[known["region"] == "boxes"].itertuples():
-            text += {"more than area gives": " So the model looks where the lesions are, as intended.",
-                     "less than area gives": " So the model looks elsewhere than at the lesions, not as intended."
-                     }.get(_against_area(row), " So it is not shown that the model looks where the lesions are.")
+            text += _verdict(_against_area(row), gaps, model, method, kind)
         out.append(text)
     return out
+
+
+def _verdict(against: str, gaps: pd.DataFrame | None, model: str, method: str, kind: str) -> str:
+    if against == "less than area gives":
+        return " So the model looks elsewhere than at the lesions, not as intended."
+    if against != "more than area gives":
+        return " So it is not shown that the model looks where the lesions are."
+    gap = gaps[(gaps["model"] == model) & (gaps["method"] == method) & (gaps["kind"] == kind)] if gaps is not None and len(gaps) else []
+    if not len(gap):
+        return " So the model looks where the lesions are, or at the lungs as a whole: without lung masks the two cannot be told apart."
+    low, high = gap["gap_low"].iloc[0], gap["gap_high"].iloc[0]
+    if low > 0:
+        return " It is denser there than in the lungs as a whole, so the model looks where the lesions are, as intended."
+    return (" It is less dense there than in the lungs as a whole: the model looks at lungs, not at lesions, not as intended." if high < 0 else
+            " But it is not told apart from the lungs as a whole: the model looks at lungs, and it is not shown that it looks at lesions.")
 
 
 def _sentence(row) -> str:
