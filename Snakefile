@@ -79,7 +79,7 @@ onstart:
 
 
 wildcard_constraints:
-    study="[^/]+",
+    study="(?!pretext_)[^/]+",  # the pretexts have a rule of their own
     run="[^/]+",
     size=r"\d+",
     seed=r"\d+",
