@@ -80,7 +80,7 @@ def dry_run(project, *arguments, **changes):
     shown = output(["make", "--no-print-directory", "-n", "--old-file=setup", "study", "JOBS=2", *arguments], check=True).stdout
     command = shown[shown.index("snakemake"):].split("||")[0].replace("\\\n", " ")
     done = output(f"{command} --dry-run --quiet rules", shell=True)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0 and "Exception" not in done.stdout, done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
 
