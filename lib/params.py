@@ -327,6 +327,11 @@ def load_study(name, **overrides):
     study = Study.build(values, f"params/studies/{name}.yaml")
     if study.study != name:
         raise ParameterError(f"{path}: its key study says {study.study!r}; it must be the file's own name")
+    if study.release.endswith("rsna"):
+        unsaid = [key for key in load(path.parent / "demo_rsna.yaml") if key not in values and (study.release != "rsna" or not key.startswith("phantom_"))]
+        if unsaid:
+            raise ParameterError(f"{path}: must name {', '.join(unsaid)}: where a study is silent, notebook 08 has the values of demo_rsna and training "
+                                 "the general defaults")
     for other in study.companions:
         if not (path.parent / f"{other}.yaml").is_file():
             raise ParameterError(f"{path}: companions names {other}, but there is no file params/studies/{other}.yaml")

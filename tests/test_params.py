@@ -167,6 +167,17 @@ def test_a_study_that_does_not_exist(elsewhere):
         load_study("smal")
 
 
+def test_a_study_of_08_leaves_nothing_to_its_other_defaults(elsewhere):
+    elsewhere("runs", "pneumonia-vgg16-bce", "task: pneumonia\nbackbone: vgg16\nloss: bce\n")
+    said = "runs: [pneumonia-vgg16-bce]\nrelease: phantom_rsna\n"
+    elsewhere("studies", "demo_rsna", f"study: demo_rsna\n{said}phantom_seed: 2\nepochs: 3\n")
+    elsewhere("studies", "own", f"study: own\n{said}epochs: 5\n")
+    with pytest.raises(ParameterError, match="own.yaml: must name phantom_seed:"):
+        load_study("own")
+    elsewhere("studies", "own", f"study: own\n{said}phantom_seed: 0\nepochs: 5\n")
+    assert load_study("own").phantom_seed == 0
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("task: multilabel\nbackbone: resnet50\nloss: bce\n", "binary-resnet50-focal.yaml: describes multilabel-resnet50-bce; .*<task>-<backbone>-<loss>"),
     ("task: binary\nbackbone: resnet50\nloss: focul\n", "binary-resnet50-focal.yaml on study small: loss: .*got 'focul'"),
