@@ -120,8 +120,3 @@ def write_figure(figure, path, dpi=200):
     for suffix in (".png", ".pdf"):
         with atomic(Path(path).with_suffix(suffix)) as temporary:
             figure.savefig(temporary, dpi=dpi, bbox_inches="tight", metadata={"CreationDate": None} if suffix == ".pdf" else None)
-
-
-def read_names(path):
-    """Names of films in a list, one a line; what follows a name on its line (labels, say) is left out."""
-    return [line.split()[0] for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -109,7 +109,7 @@ def whole_evaluation(backbone, repeats=2, n_films=24):
 
         def outputs():
             for output in stream(model, batches, [cam_layer, concept_layer]):
-                aligned.append(align([output], pairs, model.head.weight, layer=cam_layer, image_size=224))
+                aligned.append(align([output], pairs, model.head, layer=cam_layer, image_size=224))
                 yield output
 
         dissect(outputs(), regions, layer=concept_layer, q=q, image_size=224)

@@ -23,7 +23,7 @@ def maps(rows=3, columns=3):
 
 
 def relevance_images(figure):
-    return [image for ax in figure.axes for image in ax.images if image.get_cmap().name == "signed"]
+    return [image for ax in figure.axes for image in ax.images if image.get_cmap().name == "relevance"]
 
 
 def test_grid_shows_every_map_on_one_symmetric_scale():

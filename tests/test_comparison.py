@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 
 from lib.analysis import comparison
-from lib.analysis.metrics import classification_metrics
-from lib.analysis.statistics import metric_differences
+from lib.analysis.metrics import classification_metrics, metric_differences
 
 
 def run(loss, seed=0, backbone="tdensenet", task="multilabel"):

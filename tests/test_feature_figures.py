@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lib import figures
-from lib.figures import features, style
+from lib.figures import style
 from lib.tables import LOSSES
 
 LABEL = "Simulated phantom films, not patients"
@@ -72,7 +72,7 @@ def every_figure(classes: list[str], label: str) -> list:
     n, maps = len(classes), {"Grad": RNG.random((3, 7, 7)), "S-Grad": RNG.uniform(-1, 1, (3, 7, 7))}
     jaccard = {loss: RNG.random((n, n)) for loss in LOSSES}
     return [
-        lambda: figures.activation_distribution(*distribution(n), classes, data_label=label),
+        lambda: figures.activation_distribution(*distribution(n), tanh_between(*distribution(n)[2:]), classes, data_label=label),
         lambda: figures.scaled_cams(FILMS, maps, ["Mass\nlogit 1.0\np = 0.73"] * 3, RNG.random(3), common=["S-Grad"], data_label=label),
         lambda: figures.consistency_scatter(sums_frame(), data_label=label),
         lambda: figures.importance_panels(*importance(32, n), classes, classes[-1], data_label=label),
@@ -105,24 +105,36 @@ def test_saves_as_vectors_and_leaves_no_global_state():
     assert file.tell() > 1000 and plt.get_fignums() == [] and matplotlib.rcParams["font.size"] == before
 
 
-def test_distribution_scale_goes_through_both_percentiles():
+def tanh_between(low, high, ends=(0.1, 0.9)):
+    """alpha and beta of the tanh that takes `low` and `high` to the ends."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        alpha = np.where(high > low, (np.arctanh(ends[1]) - np.arctanh(ends[0])) / (high - low), np.nan)
+    return alpha, np.arctanh(ends[0]) - alpha * low
+
+
+def test_distribution_draws_the_scale_it_is_given():
     edges, counts, low, high = distribution(3)
     low[1] = high[1] = 0.5
     low[2] = high[2] = np.nan
     counts[2] = 0
-    figure = figures.activation_distribution(edges, counts, low, high, ["Mass", "Nodule", "Hernia"], data_label=LABEL)
+    figure = figures.activation_distribution(edges, counts, low, high, tanh_between(low, high), ["Mass", "Nodule", "Hernia"], data_label=LABEL)
     found = drawn(figure)
-    assert {"no scale:\nP10 = P90", "no films", "P10 and P90"} <= found
+    assert {"no scale:\nall the same", "no films", "P10 and P90"} <= found
     scale = next(line for ax in figure.axes for line in ax.lines if line.get_label().startswith("common scale"))
     assert np.interp([low[0], high[0]], *scale.get_data()) == pytest.approx([0.1, 0.9], abs=2e-3)
     assert figure.axes[0].get_yscale() == "log" and sum(line.get_label().startswith("common") for ax in figure.axes for line in ax.lines) == 1
-    drawn(figures.activation_distribution(np.stack([edges] * 3), counts, low, high, ["a", "b", "c"], levels=(0.05, 0.95), data_label=LABEL))
+    figure = figures.activation_distribution(np.stack([edges] * 3), counts, low, high, (np.full(3, 2.0), np.full(3, 0.25)), ["a", "b", "c"],
+                                             kind="linear", data_label=LABEL)
+    drawn(figure)
+    x, y = next(line for ax in figure.axes for line in ax.lines if line.get_label().startswith("common scale")).get_data()
+    assert y == pytest.approx(2 * x + 0.25)
 
 
 @pytest.mark.parametrize(("edges", "counts", "bound"), [(41, (2, 40), 3), (40, (3, 40), 3), (41, (3, 40), 2), (41, (40,), 3)])
 def test_distribution_refuses_shapes(edges, counts, bound):
     with pytest.raises(ValueError, match="must be"):
-        figures.activation_distribution(np.arange(edges), np.ones(counts), np.zeros(bound), np.ones(bound), ["a", "b", "c"], data_label=LABEL)
+        figures.activation_distribution(np.arange(edges), np.ones(counts), np.zeros(bound), np.ones(bound), (np.ones(3), np.ones(3)),
+                                        ["a", "b", "c"], data_label=LABEL)
 
 
 def scaled(**changes) -> Figure:
@@ -149,7 +161,7 @@ def test_scaled_cams_orders_rows_and_keeps_each_column_on_its_scale():
 
 
 def test_signed_colours_are_clear_at_zero():
-    colours = features.SIGNED(np.array([0.0, 0.5, 1.0]))
+    colours = style.SIGNED(np.array([0.0, 0.5, 1.0]))
     assert colours[1, 3] == 0 and colours[0, 2] > colours[0, 0] and colours[2, 0] > colours[2, 2] and colours[[0, 2], 3].min() > 0.7
 
 
@@ -193,7 +205,7 @@ def test_importance_sorts_both_images_by_the_training_films():
     line = next(ax for ax in figure.axes if ax.get_title() == "Selected class: b")
     found = {curve.get_label(): curve for curve in line.lines}
     assert np.allclose(found["training films"].get_ydata(), train[:, 1] - train[:, 1].mean())
-    assert found["training films"].get_color() == features.TRAIN == style.NEUTRAL and found["test films"].get_color() == style.YELLOW
+    assert found["training films"].get_color() == style.NEUTRAL and found["test films"].get_color() == style.YELLOW
 
 
 def test_importance_without_films_of_a_class_and_without_any_contrast():
@@ -207,6 +219,17 @@ def test_importance_without_films_of_a_class_and_without_any_contrast():
     sparse = np.zeros((400, 1))
     sparse[3] = 1.0  # the 99th percentile of |IM| is 0
     drawn(figures.importance_panels(sparse, sparse, ["a"], "a", data_label=LABEL))
+
+
+def test_train_test_gap_starts_with_the_class_that_exceeds_chance_most():
+    gap = pd.DataFrame({"class": ["Mass", "Nodule", "Hernia", "Edema"], "difference": [0.2, 0.5, np.nan, 0.4], "by_chance": [0.1, 0.45, np.nan, 0.1]})
+    figure = figures.train_test_gap(gap, "Nodule", data_label=LABEL)
+    drawn(figure)
+    names = figure.axes[0].get_yticklabels()
+    assert [name.get_text() for name in names] == ["Edema", "Mass", "Nodule", "Hernia"]
+    assert [name.get_weight() for name in names] == ["normal", "normal", "bold", "normal"]
+    values = next(line for line in figure.axes[0].lines if line.get_label().startswith("training"))
+    np.testing.assert_array_equal(values.get_xdata(), [0.4, 0.2, 0.5, np.nan])
 
 
 def test_importance_refuses():

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lib.analysis import cam, features
+from lib.analysis import cam, features, uses
 from lib.analysis.activations import ActivationDistribution
 from lib.analysis.integrated import Importance
 from lib.analysis.model_cams import model_cams
@@ -214,10 +214,10 @@ def test_results_do_not_depend_on_the_batches(case):
         found = features.survey(case.model, parts(), TARGETS, CLASSES, case.layer, METHODS, size=9, token_grid=case.grid)
         surveys.append(found)
         sums = features.activation_sums(case.model, parts(), case.layer, 1, scales, 9, features=principal(case), token_grid=case.grid)
-        odd = features.outliers(case.model, parts(), TARGETS, surveys[0].importance["hires"].own, CLASSES, case.layer, "hires", token_grid=case.grid)
+        odd = uses.outliers(case.model, parts(), TARGETS, surveys[0].importance["hires"].own, CLASSES, case.layer, "hires", token_grid=case.grid)
         effect = features.masking_effect(case.model, parts(), case.layer, 1, METHODS, features=principal(case), token_grid=case.grid)
         logits = features.logits_with(case.model, parts(), case.layer, {"some": case.kept["hires"]}, token_grid=case.grid)["some"]
-        rows, maps = features.responses(case.model, parts(), case.layer, 1, case.kept["hires"][1], size=9, top=4, method="hires", token_grid=case.grid)
+        rows, maps = uses.responses(case.model, parts(), case.layer, 1, case.kept["hires"][1], size=9, top=4, method="hires", token_grid=case.grid)
         frames.append([sums.sort_values(["row", "method", "features", "scale"]), odd, effect, pd.DataFrame(logits, found.rows).sort_index(),
                        pd.DataFrame(maps.reshape(4, -1), rows)])
     for method in METHODS:
@@ -248,6 +248,19 @@ def test_a_class_without_variation_has_no_scale_and_the_others_have():
 
 
 # --- consistency ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_on_their_own_or_on_the_common_scale():
+    raw = torch.linspace(-2, 3, 2 * 4).reshape(2, 1, 2, 2)
+    cams = {"grad": SimpleNamespace(maps=raw)}
+    own = features.pictures(cams, 4)["grad"]
+    assert own.shape == (2, 4, 4) and own.min() == 0 and own.max() == 1
+    scales = {"grad": (np.array([np.nan, 0.5]), np.array([np.nan, 0.1]))}
+    common = features.pictures(cams, 2, scales, selected=1)["grad"]
+    close(common, np.tanh(0.5 * raw[:, 0].double().numpy() + 0.1))
+    linear = features.pictures(cams, 2, scales, selected=1, kind="linear")["grad"]
+    close(linear, np.clip(0.5 * raw[:, 0].double().numpy() + 0.1, -1, 1))
+    assert linear.max() == 1 and np.isnan(features.pictures(cams, 2, scales, selected=0)["grad"]).all()
 
 
 def test_activation_sums_equal_a_loop(case):
@@ -402,7 +415,7 @@ def test_a_planted_odd_film_is_the_first_outlier(size):
     targets[ROWS[2]] = [0, 1]
     targets[ROWS[5]] = [0, 0]                   # belongs to no class: no row
     importance = features.survey(case.model, batches(case), targets, CLASSES[:2], "trunk", ["grad"]).importance["grad"].own
-    table = features.outliers(case.model, batches(case, size), targets, importance, CLASSES[:2], "trunk")
+    table = uses.outliers(case.model, batches(case, size), targets, importance, CLASSES[:2], "trunk")
     assert list(table) == ["row", "class", "distance", "logit"] and len(table) == N - 1
     assert table.loc[0, "row"] == ROWS[4] and table.loc[0, "class"] == "a" and table.loc[0, "distance"] > 3 * table.loc[1, "distance"]
     assert table["distance"].is_monotonic_decreasing and table["row"].dtype == np.int64
@@ -418,7 +431,7 @@ def test_a_planted_odd_film_is_the_first_outlier(size):
 
 def test_no_film_of_any_class_gives_no_outlier():
     case, _ = planted()
-    table = features.outliers(case.model, batches(case), np.zeros((40, 2)), np.ones((5, 2)), CLASSES[:2], "trunk")
+    table = uses.outliers(case.model, batches(case), np.zeros((40, 2)), np.ones((5, 2)), CLASSES[:2], "trunk")
     assert list(table) == ["row", "class", "distance", "logit"] and not len(table)
 
 
@@ -426,22 +439,31 @@ def test_responses_find_the_planted_film_and_place():
     case, _ = planted()
     mask = np.arange(5) == 3
     for size in (1, 3, N):
-        rows, maps = features.responses(case.model, batches(case, size), "trunk", 0, mask, size=12, top=3)
+        rows, maps = uses.responses(case.model, batches(case, size), "trunk", 0, mask, size=12, top=3)
         assert rows[0] == ROWS[4] and maps.shape == (3, 12, 12) and maps.dtype == np.float32
         totals = (0.8 / 36 * case.films[:, 3].sum((1, 2))).numpy()
         np.testing.assert_array_equal(rows, ROWS[np.argsort(-totals)[:3]])
         close(maps[0], reference_integrated.bilinear((0.8 / 36 * case.films[4, 3]).double().numpy(), 12))
         assert np.maximum(maps[0], 0)[0:4, 8:12].sum() > 0.7 * np.maximum(maps[0], 0).sum()
-    rows, _ = features.responses(case.model, batches(case), "trunk", 1, mask, size=6, top=50)         # its weight for class 1 is negative
+    rows, _ = uses.responses(case.model, batches(case), "trunk", 1, mask, size=6, top=50)         # its weight for class 1 is negative
     assert len(rows) == N and rows[-1] == ROWS[4]
-    dead, _ = features.responses(case.model, batches(case), "trunk", 1, np.zeros(5), size=6, top=4)
+    dead, _ = uses.responses(case.model, batches(case), "trunk", 1, np.zeros(5), size=6, top=4)
     np.testing.assert_array_equal(dead, ROWS[:4])               # ties: in the order of the films
+
+
+def test_marked_share_counts_positive_response_on_widened_marks():
+    response, marks = np.zeros((2, 9, 9)), np.zeros((2, 9, 9), bool)
+    marks[0, 4, 4], marks[1, 0, 0] = True, True                  # widened by one cell of 2: 5 x 5, and 3 x 3 in the corner
+    response[0, 2, 6], response[0, 1, 4], response[1, 2, 2], response[1, 8, 8] = 3, 4, 2, -9
+    assert uses.marked_share(response, marks, 2) == pytest.approx((5 / 9, 34 / 162))
+    share, area = uses.marked_share(-np.abs(response), marks, 2)
+    assert np.isnan(share) and area == pytest.approx(34 / 162)
 
 
 def test_no_films_are_named():
     case, targets = planted()
     for call in (lambda: features.survey(case.model, [], targets, CLASSES[:2], "trunk"), lambda: features.logits_with(case.model, [], "trunk", {}),
-                 lambda: features.responses(case.model, [], "trunk", 0, np.ones(5), size=4),
+                 lambda: uses.responses(case.model, [], "trunk", 0, np.ones(5), size=4),
                  lambda: features.masking_effect(case.model, [], "trunk", 0, ["grad"])):
         with pytest.raises(ValueError, match="there are no films"):
             call()
@@ -455,8 +477,8 @@ def test_carried_and_curve_equal_loops():
     importance[:, 2] = np.nan                   # a class without films
     importance[:, 3] = -1.0                     # nothing positive
     names = [*CLASSES, "d"]
-    table = features.carried(importance, names, 0.2)
-    curve = features.importance_curve(importance, names)
+    table = uses.carried(importance, names, 0.2)
+    curve = uses.importance_curve(importance, names)
     tops = {c: reference_integrated.top(importance[:, c], 0.2) for c in (0, 1, 3)}
     assert table["class"].tolist() == names and list(curve) == ["class", "k", "share"] and len(curve) == 80
     for c in (0, 1, 3):
@@ -471,7 +493,7 @@ def test_carried_and_curve_equal_loops():
         assert table.loc[c, "n_features80"] == next(k for k, share in enumerate(shares, 1) if share >= 0.8)
         np.testing.assert_allclose(table.loc[c, "participation"], sum(positive) ** 2 / sum(v**2 for v in positive))
     assert curve.loc[curve["class"].isin(["c", "d"]), "share"].isna().all() and (table.loc[[2, 3], "n_features80"] == 0).all()
-    assert np.isnan(features.carried(importance[:, :1], names[:1], 0.2)["overlap"]).all()
+    assert np.isnan(uses.carried(importance[:, :1], names[:1], 0.2)["overlap"]).all()
 
 
 def test_importance_frame_holds_every_entry():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.analysis.inference import Output, predict, recorded, stream
+from lib.analysis.inference import Output, as_maps, is_pooled, predict, recorded, stream
 from lib.data.batches import Batch
 
 
@@ -117,3 +117,64 @@ def test_no_hook_is_left_behind():
     with pytest.raises(RuntimeError, match="channels"):
         list(stream(network, [Batch(np.arange(1), torch.zeros(1, 2, 8, 8), None)], ["block"]))
     assert not any(module._forward_hooks for module in network.modules())
+
+
+# ---- tokens become maps
+
+
+def test_tokens_lie_row_by_row_and_the_class_token_is_left_out():
+    tokens = torch.arange(2 * 7 * 3).reshape(2, 7, 3).float()
+    maps = as_maps(tokens, "x", [2, 3])
+    assert maps.shape == (2, 3, 2, 3)
+    for row in range(2):
+        for column in range(3):
+            assert torch.equal(maps[:, :, row, column], tokens[:, 1 + 3 * row + column])
+    assert torch.equal(as_maps(tokens[:, 1:], "x", (2, 3)), maps)
+    for none in ((), [], None):
+        assert as_maps(maps, "x", none) is maps
+
+
+@pytest.mark.parametrize(("shape", "grid", "message"), [
+    ((2, 7, 3), (), r"layer x gives tokens \(2, 7, 3\): .*token_grid: \[rows, columns\], with rows x columns = 7, or 6 if"),
+    ((2, 7, 3), None, "say how they lie on the film"),
+    ((2, 7, 3), [7], "say how they lie on the film"),
+    ((2, 7, 3), [2, 4], "layer x gives 7 tokens: token_grid 2 x 4 takes 8, or one more"),
+    ((2, 7, 3), [1, 5], "token_grid 1 x 5 takes 5"),
+    ((2, 3, 2, 3), [2, 3], r"layer x gives maps \(2, 3, 2, 3\): token_grid is for tokens"),
+    ((7, 3), (), "neither maps .* nor tokens"),
+    ((7, 3), [2, 3], "neither maps"),
+])
+def test_a_grid_that_does_not_fit_is_refused(shape, grid, message):
+    with pytest.raises(ValueError, match=message):
+        as_maps(torch.zeros(shape), "x", grid)
+
+
+def test_a_grid_for_a_layer_of_maps_is_refused_in_the_stream():
+    with pytest.raises(ValueError, match="layer block gives maps .*token_grid is for tokens"):
+        next(stream(model(), batches(images(), 4), ["block"], [5, 5]))
+
+
+# ---- what the head pools
+
+
+@pytest.mark.parametrize("size", [1, 4, 11])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_pooled_layer_is_known_in_any_batch(size, bias):
+    network = model()
+    if not bias:
+        network.head.bias = None
+    for output in stream(network, batches(images(), size), ["block", "block.conv", "norm"]):
+        assert is_pooled(output, "block", network.head)
+        assert not is_pooled(output, "block.conv", network.head)    # as wide, before the ReLU
+        assert not is_pooled(output, "norm", network.head)          # another width
+        assert not is_pooled(output, "block", nn.Linear(5, 3)) and not is_pooled(output, "block", network.conv1)
+        assert not is_pooled(output, "block", None)
+        assert not is_pooled(Output(output.rows, output.logits + 0.01, output.maps), "block", network.head)
+
+
+def test_maps_that_are_not_finite_are_left_to_their_reader():
+    network = model()
+    output = next(stream(network, batches(images(), 4), ["block"]))
+    spoilt = {"block": output.maps["block"].clone()}
+    spoilt["block"][1, 2, 0, 0] = torch.nan
+    assert is_pooled(Output(output.rows, output.logits, spoilt), "block", network.head)

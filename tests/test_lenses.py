@@ -1,3 +1,4 @@
+import copy
 from collections import OrderedDict
 
 import numpy as np
@@ -55,6 +56,24 @@ def outputs(study, size=5, order=None, layers=("trunk",)):
     return stream(model, [Batch(films.index.to_numpy()[order[k:k + size]], images[order[k:k + size]], None) for k in range(0, N, size)], list(layers))
 
 
+def shifted(given, bias):
+    for output in given:
+        yield Output(output.rows, output.logits + bias, output.maps)
+
+
+def moved(head, bias):
+    """The head with another bias."""
+    head = copy.deepcopy(head).requires_grad_(False)
+    head.bias += bias
+    return head
+
+
+def flipped(head):
+    head = copy.deepcopy(head).requires_grad_(False)
+    head.weight.copy_(head.weight.flip(0))
+    return head
+
+
 def native(study, position):
     model, images, _, _ = study
     with torch.no_grad():
@@ -101,16 +120,16 @@ def test_boxes_one_by_one(study):
         np.testing.assert_array_equal(np.concatenate(list(mine["boxes"])), pair.boxes)
         assert mine["box"].tolist() == list(range(pair.n_boxes)) and (mine["output"] == pair.output).all()
     options = {"layer": "trunk", "image_size": SIZE}
-    table = align(outputs(study), single, model.head.weight, **options)
+    table = align(outputs(study), single, model.head, **options)
     assert table.columns[3] == "box" and len(table) == len(single)
-    whole = align(outputs(study), pairs, model.head.weight, **options)
+    whole = align(outputs(study), pairs, model.head, **options)
     alone = table.merge(whole, on=["image", "class"], suffixes=("", "_whole"))
     one = alone["n_boxes_whole"] == 1
     for metric in ("iobb", "ior", "box_area", "logit"):
         np.testing.assert_allclose(alone.loc[one, metric], alone.loc[one, f"{metric}_whole"], rtol=1e-6)
     assert (alone.loc[~one, "box_area"] <= alone.loc[~one, "box_area_whole"] + 1e-12).all() and (~one).sum() >= 4
     lone = with_other_boxes(single)
-    assert "other" in lone and len(align(outputs(study), lone, model.head.weight, **options)) == len(single)
+    assert "other" in lone and len(align(outputs(study), lone, model.head, **options)) == len(single)
     assert len(box_pairs(films, boxes.head(0), CLASSES, unit="box")) == 0
     with pytest.raises(ValueError, match="unit must be 'pair' or 'box', got 'film'"):
         box_pairs(films, boxes, CLASSES, unit="film")
@@ -119,19 +138,16 @@ def test_boxes_one_by_one(study):
 def test_only_predicted_pairs(study):
     model, _, films, boxes = study
     pairs, options = with_other_boxes(box_pairs(films, boxes, CLASSES)), {"layer": "trunk", "image_size": SIZE}
-    whole = align(outputs(study), pairs, model.head.weight, **options)
-    found = align(outputs(study), pairs, model.head.weight, restrict="predicted", **options)
+    whole = align(outputs(study), pairs, model.head, **options)
+    found = align(outputs(study), pairs, model.head, restrict="predicted", **options)
     expected = whole[whole["logit"] > 0].reset_index(drop=True)
     assert 0 < len(expected) < len(whole)
     pd.testing.assert_frame_equal(found, expected, check_exact=False, rtol=1e-5)
 
-    def none():
-        for output in outputs(study):
-            yield Output(output.rows, output.logits - 100, output.maps)
-
-    assert len(align(none(), pairs, model.head.weight, restrict="predicted", **options)) == 0
+    none = torch.full((len(CLASSES),), -100.0)
+    assert len(align(shifted(outputs(study), none), pairs, moved(model.head, none), restrict="predicted", **options)) == 0
     with pytest.raises(ValueError, match="restrict must be 'predicted' or None, got 'positive'"):
-        align(outputs(study), pairs, model.head.weight, restrict="positive", **options)
+        align(outputs(study), pairs, model.head, restrict="positive", **options)
 
 
 def test_no_pair_at_all(study):
@@ -141,7 +157,7 @@ def test_no_pair_at_all(study):
     assert len(with_other_boxes(pairs)) == 0 and "other" in with_other_boxes(pairs)
     for none in (pairs, with_other_boxes(pairs)):
         with pytest.raises(ValueError, match="no annotated film: .*BBox_List_2017.csv"):
-            align(outputs(study), none, study[0].head.weight, layer="trunk", image_size=SIZE)
+            align(outputs(study), none, study[0].head, layer="trunk", image_size=SIZE)
 
 
 def test_other_boxes_are_those_of_another_patient_of_the_class(study):
@@ -173,7 +189,7 @@ def test_other_boxes_are_those_of_another_patient_of_the_class(study):
 def test_alignment_equals_a_loop_over_pairs(study, method, rounding):
     model, images, films, boxes = study
     pairs = box_pairs(films, boxes, CLASSES)
-    table = align(outputs(study), pairs, model.head.weight, layer="trunk", image_size=SIZE, method=method, rounding=rounding)
+    table = align(outputs(study), pairs, model.head, layer="trunk", image_size=SIZE, method=method, rounding=rounding)
     assert list(table.columns) == ["image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit",
                                    "layer", "method", "rounding"]
     assert (table[["layer", "method", "rounding"]] == ["trunk", method, rounding]).all(axis=None)
@@ -195,9 +211,9 @@ def test_alignment_with_other_boxes_equals_a_loop_over_pairs(study, method, roun
     model, _, films, boxes = study
     plain = box_pairs(films, boxes, CLASSES)
     pairs, options = with_other_boxes(plain), {"layer": "trunk", "image_size": SIZE, "method": method, "rounding": rounding}
-    table = align(outputs(study), pairs, model.head.weight, **options)
+    table = align(outputs(study), pairs, model.head, **options)
     assert list(table.columns[-5:]) == ["iobb_other", "ior_other", "layer", "method", "rounding"]
-    without = align(outputs(study), plain, model.head.weight, **options)
+    without = align(outputs(study), plain, model.head, **options)
     pd.testing.assert_frame_equal(table.drop(columns=["iobb_other", "ior_other"]), without)
     head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
     position = {image: k for k, image in enumerate(films["image"])}
@@ -213,16 +229,16 @@ def test_alignment_with_other_boxes_equals_a_loop_over_pairs(study, method, roun
 def test_alignment_does_not_depend_on_batches_or_order(study, size):
     model, _, films, boxes = study
     pairs = with_other_boxes(box_pairs(films, boxes, CLASSES))
-    expected = align(outputs(study), pairs, model.head.weight, layer="trunk", image_size=SIZE)
+    expected = align(outputs(study), pairs, model.head, layer="trunk", image_size=SIZE)
     order = np.random.default_rng(size).permutation(N)
-    found = align(outputs(study, size, order), pairs, model.head.weight, layer="trunk", image_size=SIZE)
+    found = align(outputs(study, size, order), pairs, model.head, layer="trunk", image_size=SIZE)
     key = ["image", "class"]
     pd.testing.assert_frame_equal(found.sort_values(key, ignore_index=True), expected.sort_values(key, ignore_index=True), rtol=1e-4, atol=1e-6)
 
 
 def test_the_class_of_the_box_is_read_whatever_is_predicted(study):
     model, _, films, boxes = study
-    table = align(outputs(study), box_pairs(films, boxes, CLASSES), model.head.weight, layer="trunk", image_size=SIZE)
+    table = align(outputs(study), box_pairs(films, boxes, CLASSES), model.head, layer="trunk", image_size=SIZE)
     assert (table["logit"] < 0).any() and table.loc[table["logit"] < 0, "iobb"].notna().all()
 
 
@@ -230,7 +246,7 @@ def test_films_without_boxes_change_nothing(study):
     model, _, films, boxes = study
     pairs = box_pairs(films, boxes, CLASSES)
     few = pairs[pairs["row"] == pairs["row"].iloc[0]]
-    table = align(outputs(study), few, model.head.weight, layer="trunk", image_size=SIZE)
+    table = align(outputs(study), few, model.head, layer="trunk", image_size=SIZE)
     assert len(table) == len(few) and set(table["image"]) == set(few["image"])
 
 
@@ -238,39 +254,45 @@ def test_a_layer_that_the_head_does_not_pool(study):
     model, _, films, boxes = study
     pairs = box_pairs(films, boxes, CLASSES)
     with pytest.raises(ValueError, match="layer trunk.first has 4 channels and the head 6: CAM reads the layer that the head pools"):
-        align(outputs(study, layers=["trunk.first"]), pairs, model.head.weight, layer="trunk.first", image_size=SIZE)
+        align(outputs(study, layers=["trunk.first"]), pairs, model.head, layer="trunk.first", image_size=SIZE)
     with pytest.raises(ValueError, match="layer trunk.first has 4 channels and the head 6"):
-        pair_cams(outputs(study, layers=["trunk.first"]), pairs, model.head.weight, layer="trunk.first", size=SIZE)
+        pair_cams(outputs(study, layers=["trunk.first"]), pairs, model.head, layer="trunk.first", size=SIZE)
     with pytest.raises(ValueError, match="no maps of 'trunk'; there are trunk.first"):
-        align(outputs(study, layers=["trunk.first"]), pairs, model.head.weight, layer="trunk", image_size=SIZE)
+        align(outputs(study, layers=["trunk.first"]), pairs, model.head, layer="trunk", image_size=SIZE)
 
 
 def test_maps_that_do_not_give_the_logits_are_refused(study):
     """A layer as wide as the pooled one, and logits that are not those of these maps."""
     model, _, films, boxes = study
-    pairs, weights = box_pairs(films, boxes, CLASSES), model.head.weight
+    pairs, head = box_pairs(films, boxes, CLASSES), model.head
     for wrong in ("trunk.second", "trunk.relu"):
-        assert next(outputs(study, layers=[wrong])).maps[wrong].shape[1] == weights.shape[1]
-    with pytest.raises(ValueError, match="layer trunk.second is not the one that the head pools"):
-        align(outputs(study, layers=["trunk.second"]), pairs, weights, layer="trunk.second", image_size=SIZE)
-    with pytest.raises(ValueError, match="layer trunk.second is not the one that the head pools"):
-        pair_cams(outputs(study, layers=["trunk.second"]), pairs, weights, layer="trunk.second", size=SIZE)
-    expected = align(outputs(study), pairs, weights, layer="trunk", image_size=SIZE)
-    found = align(outputs(study, layers=["trunk.relu"]), pairs, weights, layer="trunk.relu", image_size=SIZE)  # the same maps
+        assert next(outputs(study, layers=[wrong])).maps[wrong].shape[1] == head.in_features
+    for size in (1, 5):  # a batch of one film too, where no other film shows that the rest is not the bias
+        with pytest.raises(ValueError, match="layer trunk.second is not the one that the head pools"):
+            align(outputs(study, size, layers=["trunk.second"]), pairs, head, layer="trunk.second", image_size=SIZE)
+        with pytest.raises(ValueError, match="layer trunk.second is not the one that the head pools"):
+            pair_cams(outputs(study, size, layers=["trunk.second"]), pairs, head, layer="trunk.second", size=SIZE)
+    expected = align(outputs(study), pairs, head, layer="trunk", image_size=SIZE)
+    found = align(outputs(study, layers=["trunk.relu"]), pairs, head, layer="trunk.relu", image_size=SIZE)  # the same maps
     pd.testing.assert_frame_equal(found.drop(columns="layer"), expected.drop(columns="layer"))
 
-    def shifted(shift):
-        for output in outputs(study, size=N):
-            yield Output(output.rows, output.logits + shift, output.maps)
-
-    bias = torch.tensor([[3.0, -40.0, 0.5]])  # any bias of the head is the same for all films
-    assert len(align(shifted(bias), pairs, weights, layer="trunk", image_size=SIZE)) == len(pairs)
+    bias = torch.tensor([3.0, -40.0, 0.5])
+    assert len(align(shifted(outputs(study), bias), pairs, moved(head, bias), layer="trunk", image_size=SIZE)) == len(pairs)
     one = torch.zeros(N, len(CLASSES))
     one[N // 2, 1] = 0.5
-    with pytest.raises(ValueError, match="its maps do not give the logits"):
-        align(shifted(one), pairs, weights, layer="trunk", image_size=SIZE)
-    with pytest.raises(ValueError, match="its maps do not give the logits"):
-        align(outputs(study), pairs, weights.flip(0), layer="trunk", image_size=SIZE)
+    for given, other in ((shifted(outputs(study), bias), head), (outputs(study), moved(head, bias)), (shifted(outputs(study, N), one), head),
+                         (outputs(study), flipped(head))):
+        with pytest.raises(ValueError, match="its maps do not give the logits"):
+            align(given, pairs, other, layer="trunk", image_size=SIZE)
+
+
+def test_maps_that_are_not_finite_are_named(study):
+    model, _, films, boxes = study
+    given = next(outputs(study, N))
+    maps = given.maps["trunk"].clone()
+    maps[:, 2] = torch.nan
+    with pytest.raises(ValueError, match="feature maps hold NaN or infinite values, first in film 0 of the batch, channel 2"):
+        align([Output(given.rows, given.logits, {"trunk": maps})], box_pairs(films, boxes, CLASSES), model.head, layer="trunk", image_size=SIZE)
 
 
 # --- maps to look at --------------------------------------------------------------------------------------------------------------------
@@ -279,7 +301,7 @@ def test_maps_that_do_not_give_the_logits_are_refused(study):
 def test_pair_cams_are_the_maps_that_alignment_scores(study):
     model, _, films, boxes = study
     pairs = box_pairs(films, boxes, CLASSES).sample(9, random_state=0)
-    maps, probabilities = pair_cams(outputs(study), pairs, model.head.weight, layer="trunk", size=SIZE)
+    maps, probabilities = pair_cams(outputs(study), pairs, model.head, layer="trunk", size=SIZE)
     assert maps.shape == (9, SIZE, SIZE) and maps.dtype == np.float32 and maps.min() >= 0 and maps.max() <= 1
     head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
     for k, pair in enumerate(pairs.itertuples()):
@@ -292,7 +314,7 @@ def test_pair_cams_are_the_maps_that_alignment_scores(study):
 def test_pair_cams_of_films_that_never_came(study):
     model, _, films, boxes = study
     pairs = box_pairs(films, boxes, CLASSES).head(2).assign(row=[films.index[0], 12345])
-    maps, probabilities = pair_cams(outputs(study), pairs, model.head.weight, layer="trunk", size=SIZE)
+    maps, probabilities = pair_cams(outputs(study), pairs, model.head, layer="trunk", size=SIZE)
     assert np.isfinite(probabilities[0]) and np.isnan(probabilities[1]) and (maps[1] == 0).all()
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torchvision.models import densenet121, resnet50
 
 from lib import models
-from lib.analysis.inference import as_maps, stream
+from lib.analysis.inference import stream
 from lib.data.batches import Batch
 from lib.data.nih import CLASSES
 from lib.models import build_model, layers, load_model, read_weights
@@ -367,22 +367,3 @@ def test_a_hostile_chexnet_checkpoint_does_not_run(tmp_path):
     with pytest.raises(RuntimeError, match="not a readable weights file"):
         models.load_chexnet(tmp_path / "model.pth.tar")
     assert not (tmp_path / "ran").exists()
-
-
-# ---- tokens become maps
-
-
-def test_tokens_lie_row_by_row_and_the_class_token_is_left_out():
-    tokens = torch.arange(2 * 7 * 3).reshape(2, 7, 3).float()
-    maps = as_maps(tokens, "x", [2, 3])
-    assert maps.shape == (2, 3, 2, 3)
-    for row in range(2):
-        for column in range(3):
-            assert torch.equal(maps[:, :, row, column], tokens[:, 1 + 3 * row + column])
-    assert torch.equal(as_maps(tokens[:, 1:], "x", [2, 3]), maps)
-    with pytest.raises(ValueError, match="token_grid"):
-        as_maps(tokens, "x")
-    with pytest.raises(ValueError, match="7 tokens.*2 x 4"):
-        as_maps(tokens, "x", [2, 4])
-    with pytest.raises(ValueError, match="neither maps"):
-        as_maps(tokens[0], "x", [2, 3])

@@ -15,7 +15,7 @@ from lib.data.nih import (
     task_boxes,
     task_targets,
 )
-from lib.data.nih_files import BOX_COLUMNS
+from lib.data.nih_files import BOX_COLUMNS, read_names
 
 ENTRY_2017 = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -351,6 +351,19 @@ def test_lists(tmp_path):
     with pytest.raises(ReleaseError, match="train_val_list.txt: row 1.*path in it"):
         read_release(write(tmp_path / "b", train_val=["images/" + name for name in TRAIN_VAL]))
     assert "line repeated" in kinds(read_release(write(tmp_path / "c", test=[*TEST, "", TEST[0]])))
+
+
+def test_a_list_of_names_with_labels_behind_them(tmp_path):
+    path = tmp_path / "train_list.txt"
+    path.write_bytes("\ufeff00000001_000.png 0 1 0\r\n\r\n 00000002_001.png\t1\r\na-b.dcm,1,0\r\n00000001_000.png\r\n".encode())
+    assert read_names(str(path)) == ["00000001_000.png", "00000002_001.png", "a-b.dcm", "00000001_000.png"]
+    for content, message in ((b"a.png 1\n,1\n", "train_list.txt: row 2 does not begin with a film name"), (b" \n\n", "train_list.txt is empty"),
+                             (b"a.png\n\xff\n", "train_list.txt is not a readable csv in utf-8")):
+        path.write_bytes(content)
+        with pytest.raises(ReleaseError, match=message):
+            read_names(path)
+    with pytest.raises(ReleaseError, match="nowhere.txt is missing"):
+        read_names(tmp_path / "nowhere.txt")
 
 
 @pytest.mark.parametrize(

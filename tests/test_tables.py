@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from lib import tables
+from lib.tables import layout
 
 PHANTOM = "Simulated phantom films, not patients"
 INTERVAL = "percentile bootstrap over patients, 2000 replicates"
@@ -155,6 +156,30 @@ def test_latex_is_well_formed(drop):
     assert latex_problems(text) == []
     assert r"100\,\% of my\_data \& \{more\} \#1 \$x\$ \textasciitilde{}\textasciicircum{} \textbackslash{}" in text
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\caption{", r"\label{tab:alignment}"))
+
+
+def test_headings_span_neighbours_that_agree_so_far():
+    """Two tasks with a backbone each of one name: the backbones must not be joined across the tasks."""
+    head = [["Task", "A", "A", "A", "B"], ["Model", "x_1", "x_1", "y", "y"], ["Metric", "a", "b", "a", "a"]]
+    text = layout.latex(head, layout.tex_body([("**one**", list("1234")), ("sub", list("5678")), ("**two**", ["**9**", "—", "–", "0"])]),
+                        caption="of 5 %", label="x", gap=4)
+    assert latex_problems(text) == []
+    assert [line for line in text.splitlines() if "&" in line or "rule(lr)" in line or "space" in line] == [
+        r"Task & \multicolumn{3}{c}{A} & \multicolumn{1}{c}{B} \\", r"\cmidrule(lr){2-4}\cmidrule(lr){5-5}",
+        r"Model & \multicolumn{2}{c}{x\_1} & \multicolumn{1}{c}{y} & \multicolumn{1}{c}{y} \\",
+        r"\cmidrule(lr){2-3}\cmidrule(lr){4-4}\cmidrule(lr){5-5}", r"Metric & a & b & a & a \\",
+        r"\textbf{one} & 1 & 2 & 3 & 4 \\", r"\quad sub & 5 & 6 & 7 & 8 \\", r"\addlinespace", r"\textbf{two} & \textbf{9} & --- & -- & 0 \\"]
+    assert r"\setlength{\tabcolsep}{4pt}" in text and r"\caption{of 5\,\%}" in text and r"\begin{tabular}{lcccc}" in text
+
+
+def test_text_of_cells():
+    assert [layout.number_text(value, 2) for value in (0.126, -3, np.nan, np.inf)] == ["0.13", "-3.00", "—", "—"]
+    assert layout.bounds_text(-0.5, 1, 1, " to ") == "-0.5 to 1.0" and layout.bounds_text(np.nan, 1, 1) == layout.bounds_text(0, np.nan, 1) == "—"
+    for values, expected in (([1], "1 film"), ([0, 0], "0 films"), ([8, 1306], "8 to 1,306 films"), ([0, 1], "0 to 1 films"),
+                             ([], "an unknown number of films")):
+        assert layout.range_text(pd.Series(values, dtype=float), "film", "films") == expected
+    assert [layout.of_cells(*pair) for pair in ((1, 1), (0, 1), (3, 3), (0, 3), (2, 3))] == [
+        "the only cell", "none of 1 cell", "all 3 cells", "none of 3 cells", "2 of 3 cells"]
 
 
 def test_bad_frames_are_named():

@@ -311,32 +311,29 @@ def _streamed(model: nn.Module, batches: Iterable, pairs: pd.DataFrame, methods:
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not len(methods):
         raise ValueError(f"methods are {list(methods)}; choose from {', '.join(METHODS)}")
-    weights = None
-    if "cam" in methods:
-        weights = getattr(getattr(model, "head", None), "weight", None)
-        if weights is None or weights.ndim != 2:
-            raise ValueError(f"{type(model).__name__} has no linear layer `head` after average pooling, which CAM needs; choose methods lrp and rap")
-        weights = weights.detach()
+    head = getattr(model, "head", None)
+    if "cam" in methods and not isinstance(head, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear layer `head` after average pooling, which CAM needs; choose methods lrp and rap")
     by_row = dict(list(pairs.reset_index(drop=True).groupby("row")))
     for batch in batches:
         found = [(position, by_row[row]) for position, row in enumerate(np.asarray(batch.rows).tolist()) if row in by_row]
         if not found:
             continue
-        [output] = stream(model, [batch], [layer] if weights is not None else [])
+        [output] = stream(model, [batch], [layer] if "cam" in methods else [])
         here = pd.concat([part for _, part in found])
         positions = torch.tensor([position for position, part in found for _ in range(len(part))])
         for start in range(0, len(here), len(batch.images)):
             chosen, position = here.iloc[start:start + len(batch.images)], positions[start:start + len(batch.images)]
             classes = torch.tensor(chosen["output"].to_numpy())
             logits = output.logits.cpu()[position, classes].numpy()
-            yield chosen, logits, _each_method(model, batch.images, output, weights, position, classes, methods, layer, size, cam_method, rules)
+            yield chosen, logits, _each_method(model, batch.images, output, head, position, classes, methods, layer, size, cam_method, rules)
 
 
-def _each_method(model, images, output, weights, position, classes, methods, layer, size, cam_method, rules):
+def _each_method(model, images, output, head, position, classes, methods, layer, size, cam_method, rules):
     films = images[position.to(images.device)] if set(methods) - {"cam"} else None
     for method in methods:
         if method == "cam":
-            raw = cam.pair_maps(pooled_maps(output, layer, weights), weights, position, classes, cam_method)
+            raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, cam_method)
             yield method, cam.resize(raw.clamp(min=0), size)
         else:
             yield method, relevance.heatmaps(model, films, classes.to(images.device), method, **rules).detach()

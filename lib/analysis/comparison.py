@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from lib.analysis.metrics import classification_metrics
-from lib.analysis.statistics import mean_interval, metric_differences, paired_difference
+from lib.analysis.metrics import classification_metrics, metric_differences
+from lib.analysis.statistics import mean_interval, paired_difference
 
 RUN = ["task", "backbone", "loss"]
 BASELINE = "bce"

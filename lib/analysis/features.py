@@ -14,9 +14,9 @@ from scipy import special
 from torch import Tensor, nn
 
 from lib.analysis import cam, consistency
-from lib.analysis.activations import ActivationDistribution, linear_scale, tanh_scale
-from lib.analysis.inference import Output, predict, stream
-from lib.analysis.integrated import Importance, ImportanceMatrix, carriers, film_distances, overlap, participation, select_features
+from lib.analysis.activations import ActivationDistribution, linear_scale, s_cam, tanh_scale
+from lib.analysis.inference import Output, is_pooled, predict, stream
+from lib.analysis.integrated import Importance, ImportanceMatrix
 from lib.analysis.model_cams import Cams, model_cams
 from lib.analysis.statistics import patient_replicates
 
@@ -76,7 +76,7 @@ def film_cams(model: nn.Module, batches: Iterable, layer: str, methods: Sequence
         chosen = list(range(output.logits.shape[1])) if classes is None else list(classes)
         maps, found = output.maps[layer], {}
         n_features = maps.shape[1]
-        weights = head.weight.detach().to(maps)[chosen] if _is_pooled(output, layer, head) else None
+        weights = head.weight.detach().to(maps)[chosen] if is_pooled(output, layer, head) else None
         for method in methods:
             kept = {name: None if mask is None else cam.feature_mask(mask[method], len(chosen), n_features).to(maps) for name, mask in masks.items()}
             if weights is not None and method in cam.METHODS:
@@ -89,7 +89,7 @@ def film_cams(model: nn.Module, batches: Iterable, layer: str, methods: Sequence
             ones = maps.new_ones(len(chosen), n_features)
             together = torch.cat([ones if mask is None else ones * mask for mask in kept.values()])
             # One seed per film: noise belongs to the film, not to its place in a batch.
-            cams = model_cams(model, batch.images, layer, chosen * len(kept), method, together, token_grid=tuple(token_grid) or None,
+            cams = model_cams(model, batch.images, layer, chosen * len(kept), method, together, token_grid=token_grid,
                               seed=np.asarray(batch.rows).tolist(), progress=progress)
             for name, raw, terms in zip(kept, cams.maps.chunk(len(kept), 1), cams.contributions.chunk(len(kept), 1)):
                 found[method, name] = Cams(raw, terms, cams.logits)
@@ -98,28 +98,17 @@ def film_cams(model: nn.Module, batches: Iterable, layer: str, methods: Sequence
         raise ValueError(_NO_FILMS)
 
 
-def _is_pooled(output: Output, layer: str, head: object) -> bool:
-    """Whether the logits are the spatial means of the layer's maps through the linear `head`, up to rounding."""
-    maps = output.maps[layer]
-    if not isinstance(head, nn.Linear) or maps.shape[1] != head.in_features or output.logits.shape[1] != head.out_features:
-        return False
-    # Bias included: if only the differences between films had to agree, a batch of one film would pass with any layer.
-    pooled, weight, bias = maps.mean((2, 3)), head.weight.detach().to(maps), _bias(head).to(maps)
-    rounding = 1e-5 * (maps.abs().mean((2, 3)) @ weight.abs().T + bias.abs())
-    return bool(((output.logits - pooled @ weight.T - bias).abs() <= rounding).all())
-
-
 def _bias(head: nn.Linear) -> Tensor:
     return head.weight.detach().new_zeros(head.out_features) if head.bias is None else head.bias.detach()
 
 
 def survey(model: nn.Module, batches: Iterable, targets: np.ndarray, classes: Sequence[str], layer: str, methods: Sequence[str] = GRADIENT, *,
-           size: int | None = None, token_grid: Sequence[int] = ()) -> Survey:
+           size: int | None = None, token_grid: Sequence[int] = (), progress: bool = False) -> Survey:
     """One pass over films: importance matrices, logits and, where `size` is given, the distribution of class activations.
 
     Parameters
     ----------
-    model, batches, layer, methods, token_grid
+    model, batches, layer, methods, token_grid, progress
         As in `film_cams`.
     targets : 0/1 (N_all, C)
         Labels, by film row.
@@ -135,7 +124,7 @@ def survey(model: nn.Module, batches: Iterable, targets: np.ndarray, classes: Se
     matrices = {method: ImportanceMatrix(classes) for method in methods}
     distributions = {method: ActivationDistribution(classes, size) for method in methods if size}
     rows, logits = [], []
-    for batch, output, cams in film_cams(model, batches, layer, methods, token_grid=token_grid):
+    for batch, output, cams in film_cams(model, batches, layer, methods, token_grid=token_grid, progress=progress):
         rows.append(np.asarray(batch.rows))
         logits.append(output.logits.cpu().numpy())
         for (method, _), found in cams.items():
@@ -162,8 +151,27 @@ def common_scale(distribution: ActivationDistribution, kind: str = "tanh", bound
     return alpha, beta
 
 
+def pictures(cams: Mapping[str, Cams], size: int, scales: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None, *, selected: int = 0,
+             kind: str = "tanh") -> dict[str, np.ndarray]:
+    """Maps of one class as they are drawn, by method, float (B, size, size).
+
+    `cams` : of `film_cams` for that class alone. `scales` : of `common_scale`; the maps are then in [-1, 1], where a linear scale is cut off.
+    None: each map on its own scale, [0, 1].
+    """
+    drawn = {}
+    for method, found in cams.items():
+        if scales is None:
+            maps = cam.resize(cam.normalise(found.maps), size)
+        else:
+            alpha, beta = (values[selected] for values in scales[method])
+            maps = s_cam(found.maps, alpha, beta, size, kind=kind).clamp(-1, 1)
+        drawn[method] = maps[:, 0].cpu().numpy()
+    return drawn
+
+
 def activation_sums(model: nn.Module, batches: Iterable, layer: str, selected: int, scales: Mapping[str, tuple[np.ndarray, np.ndarray]], size: int, *,
-                    kind: str = "tanh", features: Mapping[str, np.ndarray] | None = None, token_grid: Sequence[int] = ()) -> pd.DataFrame:
+                    kind: str = "tanh", features: Mapping[str, np.ndarray] | None = None, token_grid: Sequence[int] = (),
+                    progress: bool = False) -> pd.DataFrame:
     """Sum of the class activations of each film for one class, by method and scale, with the class's logit (sec. III-B).
 
     Parameters
@@ -182,7 +190,8 @@ def activation_sums(model: nn.Module, batches: Iterable, layer: str, selected: i
         activation (NaN on a scale of NaN), logit.
     """
     masks, parts = _named(features), []
-    for batch, output, cams in film_cams(model, batches, layer, list(scales), masks=masks, token_grid=token_grid, classes=[selected]):
+    for batch, output, cams in film_cams(model, batches, layer, list(scales), masks=masks, token_grid=token_grid, classes=[selected],
+                                           progress=progress):
         logit = output.logits[:, selected].cpu().numpy()
         for (method, label), found in cams.items():
             alpha, beta = (values[selected] for values in scales[method])
@@ -293,7 +302,7 @@ def logits_with(model: nn.Module, batches: Iterable, layer: str, masks: Mapping[
     for batch in batches:
         [output] = stream(model, [batch], [layer], token_grid)
         maps, n_outputs = output.maps[layer], output.logits.shape[1]
-        pooled = maps.mean((2, 3)) if _is_pooled(output, layer, head) else None
+        pooled = maps.mean((2, 3)) if is_pooled(output, layer, head) else None
         for name, mask in masks.items():
             mask = cam.feature_mask(mask, n_outputs, maps.shape[1])
             if pooled is not None:
@@ -311,64 +320,6 @@ def logits_with(model: nn.Module, batches: Iterable, layer: str, masks: Mapping[
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
-def outliers(model: nn.Module, batches: Iterable, targets: np.ndarray, importance: np.ndarray, classes: Sequence[str], layer: str,
-             method: str = "grad", *, token_grid: Sequence[int] = ()) -> pd.DataFrame:
-    """Films whose features differ from their class's column of the importance matrix, the strangest first: row, class, distance, logit.
-
-    `importance` : float (F, C), `Importance.own` of training films. `distance` : see `integrated.film_distances`.
-    """
-    parts = []
-    for batch, output, cams in film_cams(model, batches, layer, [method], token_grid=token_grid):
-        rows = np.asarray(batch.rows)
-        distance = film_distances(cams[method, "all"].contributions, targets[rows], importance)
-        film, label = np.nonzero(np.isfinite(distance))
-        parts.append(pd.DataFrame({"row": rows[film], "class": [classes[c] for c in label], "distance": distance[film, label],
-                                   "logit": output.logits.cpu().numpy()[film, label]}))
-    return pd.concat(parts).sort_values("distance", ascending=False, kind="stable", ignore_index=True)
-
-
-def carried(importance: np.ndarray, classes: Sequence[str], principal_share: float) -> pd.DataFrame:
-    """How many features carry each class, and how far classes share them: class, n_features80, participation, overlap.
-
-    `overlap` : mean Jaccard index of the class's principal features (the top `principal_share`) with those of every other class with films.
-    """
-    masks = select_features(importance, principal_share)
-    shared = overlap(masks)
-    empty = ~masks.any(0)
-    shared[empty] = shared[:, empty] = np.nan  # a class without films is no evidence that classes share nothing
-    np.fill_diagonal(shared, np.nan)
-    others = np.isfinite(shared).sum(1)
-    return pd.DataFrame({"class": list(classes), "n_features80": carriers(importance).sum(0), "participation": participation(importance),
-                         "overlap": np.divide(np.nansum(shared, 1), others, out=np.full(len(shared), np.nan), where=others > 0)})
-
-
-def responses(model: nn.Module, batches: Iterable, layer: str, selected: int, mask: np.ndarray, *, size: int, top: int = 6, method: str = "grad",
-              token_grid: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """What some features respond to: the films on which their weighted maps for a class add most, the most first.
-
-    Parameters
-    ----------
-    mask : 0/1 (F,)
-        The features, such as one suspected confounder.
-    size, top : int
-        Side of the maps returned, and how many films.
-
-    Returns
-    -------
-    rows : int (K,)
-        Of the films.
-    maps : float32 (K, size, size)
-        Signed: the features times their weights, summed.
-    """
-    best: list[tuple[float, int, Tensor]] = []
-    only = {"these": {method: torch.as_tensor(mask)}}
-    for batch, _, cams in film_cams(model, batches, layer, [method], masks=only, classes=[selected], token_grid=token_grid):
-        maps = cams[method, "these"].maps[:, 0].cpu()
-        best += zip(maps.double().sum((1, 2)).tolist(), np.asarray(batch.rows).tolist(), maps)
-        best = [(total, row, film.clone()) for total, row, film in sorted(best, key=lambda item: -item[0])[:top]]  # a view would keep its batch
-    return np.array([row for _, row, _ in best]), cam.resize(torch.stack([film for *_, film in best]), size).numpy()
-
-
 def importance_frame(train: Survey, test: Survey, classes: Sequence[str]) -> pd.DataFrame:
     """The importance matrices as a table: class, feature, method, and `train`, `test` (eq. 3), `train_own`, `test_own` (eq. 4)."""
     parts = []
@@ -379,16 +330,6 @@ def importance_frame(train: Survey, test: Survey, classes: Sequence[str]) -> pd.
                                    "method": method, "train": here.all.T.ravel(), "test": there.all.T.ravel(),
                                    "train_own": here.own.T.ravel(), "test_own": there.own.T.ravel()}))
     return pd.concat(parts, ignore_index=True)
-
-
-def importance_curve(importance: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
-    """Share of each class's positive importance that its k most important features hold: class, k, share."""
-    positive = np.sort(np.maximum(importance, 0), axis=0)[::-1].cumsum(0)
-    total = positive[-1:]
-    share = np.divide(positive, total, out=np.full(positive.shape, np.nan), where=total > 0)
-    n_features, n_classes = share.shape
-    k = np.tile(np.arange(1, n_features + 1), n_classes)
-    return pd.DataFrame({"class": np.repeat(list(classes), n_features), "k": k, "share": share.T.ravel()})
 
 
 def selected_output(name: str, classes: Sequence[str], targets: Mapping[str, np.ndarray]) -> int:

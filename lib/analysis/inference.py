@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ def stream(model, batches, layers=(), token_grid=()):
     layers : sequence of str
         Modules whose output maps are wanted.
     token_grid : (rows, columns), optional
-        How the tokens (B, T, D) of a transformer lie on the film: they become maps (B, D, rows, columns). Where T is one more than
-        rows x columns the first token, the class's, is left out.
+        How the tokens (B, T, D) of a transformer lie on the film, see `as_maps`; then all `layers` must give tokens.
 
     Yields
     ------
@@ -80,24 +80,63 @@ def stream(model, batches, layers=(), token_grid=()):
 
 
 def as_maps(output, layer, token_grid=()):
-    """The output of a layer as maps (B, F, h, w): unchanged, or tokens (B, T, D) laid out on `token_grid`.
+    """The output of a layer, or a gradient there, as maps (B, F, h, w): unchanged, or tokens laid out on a grid.
+
+    Parameters
+    ----------
+    output : float (B, F, h, w) or (B, T, D)
+    layer : str
+        Its name, for the messages.
+    token_grid : (rows, columns), optional
+        The tokens (B, T, D), row by row, become maps (B, D, rows, columns). Where T is one more than rows x columns the first token, the
+        class's, is left out. Empty or None for a layer that gives maps.
 
     Raises
     ------
     ValueError
-        An output that is neither, or a grid that does not fit the tokens.
+        An output that is neither, tokens without a grid or on one that they do not fill, or a grid for what are maps already.
     """
+    shape = tuple(output.shape)
+    if output.ndim not in (3, 4):
+        raise ValueError(f"layer {layer} gives {shape}, neither maps (B, F, h, w) nor tokens (B, T, D)")
     if output.ndim == 4:
+        if token_grid:
+            raise ValueError(f"layer {layer} gives maps {shape}: token_grid is for tokens (B, T, D)")
         return output
-    if output.ndim != 3:
-        raise ValueError(f"layer {layer} gives {tuple(output.shape)}, neither maps (B, F, h, w) nor tokens (B, T, D)")
-    if len(token_grid) != 2:
-        raise ValueError(f"layer {layer} gives tokens {tuple(output.shape)}: say how they lie on the film with token_grid: [rows, columns]")
+    if not token_grid or len(token_grid) != 2:
+        raise ValueError(f"layer {layer} gives tokens {shape}: say how they lie on the film with token_grid: [rows, columns], with rows x columns = "
+                         f"{shape[1]}, or {shape[1] - 1} if the first is a class token")
     rows, columns = token_grid
-    extra = output.shape[1] - rows * columns
+    extra = shape[1] - rows * columns
     if extra not in (0, 1):
-        raise ValueError(f"layer {layer} gives {output.shape[1]} tokens, which do not fill token_grid {rows} x {columns} (one more, the class's, may be there)")
+        raise ValueError(f"layer {layer} gives {shape[1]} tokens: token_grid {rows} x {columns} takes {rows * columns}, or one more, the class's")
     return output[:, extra:].transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def is_pooled(output, layer, head):
+    """Whether the logits are the spatial means of the layer's maps through the linear `head`, up to rounding.
+
+    Parameters
+    ----------
+    output : Output
+        With the maps of `layer`.
+    layer : str
+    head : nn.Linear
+        The model's; anything else is no such head.
+
+    Returns
+    -------
+    bool
+        Maps that hold NaN or infinite values count as pooled: they decide nothing, and what reads them names them.
+    """
+    maps = output.maps[layer]
+    if not isinstance(head, nn.Linear) or maps.shape[1] != head.in_features or output.logits.shape[1] != head.out_features:
+        return False
+    weight = head.weight.detach().to(maps)
+    # Bias included: if only the differences between films had to agree, a batch of one film would pass with any layer.
+    bias = weight.new_zeros(head.out_features) if head.bias is None else head.bias.detach().to(maps)
+    rounding = 1e-5 * (maps.abs().mean((2, 3)) @ weight.abs().T + bias.abs())
+    return not ((output.logits - maps.mean((2, 3)) @ weight.T - bias).abs() > rounding).any()
 
 
 def predict(model, batches):

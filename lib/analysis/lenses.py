@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from lib.analysis import cam
 from lib.analysis.dissection import StreamingQuantile, Thresholds, batch_thresholds, concept_totals, count_concepts
-from lib.analysis.inference import Output
+from lib.analysis.inference import Output, is_pooled
 from lib.analysis.localization import soft_overlap
 
 
@@ -64,7 +65,7 @@ def with_other_boxes(pairs: pd.DataFrame) -> pd.DataFrame:
     return pairs.assign(other=other)
 
 
-def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor, *, layer: str, image_size: int, method: str = "cam",
+def align(outputs: Iterable[Output], pairs: pd.DataFrame, head: nn.Linear, *, layer: str, image_size: int, method: str = "cam",
           rounding: str = "outward", restrict: str | None = None) -> pd.DataFrame:
     """Soft IoBB and IoR of the class activation map of each pair: the map of the class that the box names, whatever was predicted.
 
@@ -74,8 +75,8 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
         With the maps of `layer`, the one that the head pools.
     pairs : DataFrame
         Of `box_pairs`, or of `with_other_boxes`.
-    weights : Tensor (M, F)
-        The head's.
+    head : nn.Linear
+        The model's, behind the average pooling.
     layer, method, rounding
         See `cam.pair_maps` and `localization.pixel_boxes`.
     image_size : int
@@ -110,7 +111,7 @@ def align(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor,
         if restrict == "predicted":
             kept = (output.logits.cpu()[position, classes] > 0).numpy()
             chosen, position, classes = chosen[kept].reset_index(drop=True), position[kept], classes[kept]
-        raw = cam.pair_maps(pooled_maps(output, layer, weights), weights, position, classes, method)
+        raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, method)
         maps = cam.normalise(raw).cpu()
         overlap = soft_overlap(maps, list(chosen["boxes"]), image_size, rounding=rounding)
         overlap["logit"] = output.logits.cpu()[position, classes].numpy()
@@ -130,24 +131,22 @@ def _maps(output, layer):
     return output.maps[layer]
 
 
-def pooled_maps(output: Output, layer: str, weights: torch.Tensor) -> torch.Tensor:
-    """The maps of `layer` in `output`, after the check that a head of these `weights` (M, F) pools them."""
+def pooled_maps(output: Output, layer: str, head: nn.Linear) -> torch.Tensor:
+    """The maps of `layer` in `output`, after the check that the `head` pools them."""
     maps = _maps(output, layer)
-    if maps.shape[1] != weights.shape[1]:
-        raise ValueError(f"layer {layer} has {maps.shape[1]} channels and the head {weights.shape[1]}: CAM reads the layer that the head pools")
-    # The logits less the pooled maps through the head are the head's bias, the same for every film, or these maps are not what it pools.
-    rest = output.logits - maps.mean((2, 3)) @ weights.T
-    if (rest - rest[:1]).abs().max() > 1e-3 * (1 + output.logits.abs().max()):
+    if maps.shape[1] != head.in_features:
+        raise ValueError(f"layer {layer} has {maps.shape[1]} channels and the head {head.in_features}: CAM reads the layer that the head pools")
+    if not is_pooled(output, layer, head):
         raise ValueError(f"layer {layer} is not the one that the head pools: its maps do not give the logits")
     return maps
 
 
-def pair_cams(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Tensor, *, layer: str, size: int, method: str = "cam"):
+def pair_cams(outputs: Iterable[Output], pairs: pd.DataFrame, head: nn.Linear, *, layer: str, size: int, method: str = "cam"):
     """Class activation maps to look at: those of `pairs`, in [0, 1], resized to the film, with the predicted probabilities.
 
     Parameters
     ----------
-    outputs, weights, layer, method
+    outputs, head, layer, method
         As in `align`.
     pairs : DataFrame
         With columns row and output.
@@ -166,7 +165,7 @@ def pair_cams(outputs: Iterable[Output], pairs: pd.DataFrame, weights: torch.Ten
         if here:
             position = torch.tensor([place[row] for row in pairs["row"].iloc[here]])
             classes = torch.tensor(pairs["output"].to_numpy()[here])
-            raw = cam.pair_maps(pooled_maps(output, layer, weights), weights, position, classes, method)
+            raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, method)
             maps[here] = cam.resize(cam.normalise(raw), size).clamp(0, 1).cpu().numpy()
             probabilities[here] = torch.sigmoid(output.logits.cpu().double()[position, classes]).numpy()
     return maps, probabilities

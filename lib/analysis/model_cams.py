@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.analysis.cam import feature_mask, gradpp_terms, normalise, resize
+from lib.analysis.inference import as_maps
 
 GRADIENT_METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer", "smooth_gradpp")
 PERTURBATION_METHODS = ("score", "ss", "is")
@@ -31,7 +32,7 @@ class Cams:
 
 
 def model_cams(model: nn.Module, films: Tensor, layer: str, classes: Sequence[int] | None = None, method: str = "grad",
-               features: Tensor | None = None, *, token_grid: tuple[int, int] | None = None, eps: float = 0.0, samples: int | None = None,
+               features: Tensor | None = None, *, token_grid: Sequence[int] = (), eps: float = 0.0, samples: int | None = None,
                sigma: float | None = None, seed: int | Sequence[int] = 0, cumulative: bool = True, numerator: int = 2, chunk: int = 64,
                progress: bool = False) -> Cams:
     """Raw maps ``L_c = sum_k w_k A_k`` of the maps A that `layer` gives, for several films and classes at once.
@@ -61,7 +62,7 @@ def model_cams(model: nn.Module, films: Tensor, layer: str, classes: Sequence[in
     features : 0 or 1, (F,) or (C, F), optional
         Channels whose weighted maps are summed (FS-CAM: Li et al., eq. 5). The weights are those of all channels together.
     token_grid : (rows, columns), optional
-        The tokens, row by row, as maps (B, D, rows, columns). One token more than rows times columns is a class token, the first, left out.
+        See `inference.as_maps`.
     eps : float
         Of 'gradpp', see `cam.class_activation_maps`.
     samples, sigma : int, float, optional
@@ -107,7 +108,7 @@ def model_cams(model: nn.Module, films: Tensor, layer: str, classes: Sequence[in
         with torch.set_grad_enabled(method in GRADIENT_METHODS and method != "smooth_gradpp"):
             logits, output = _forward(model, films, layer)
         classes = _classes(classes, logits.shape[1])
-        maps = _as_maps(output.detach(), layer, token_grid)
+        maps = as_maps(output.detach(), layer, token_grid)
         if not torch.isfinite(maps).all():
             film, channel = torch.nonzero(~torch.isfinite(maps))[0, :2].tolist()
             raise ValueError(f"the maps of layer {layer} hold NaN or infinite values, first in film {film} of the batch, channel {channel}")
@@ -168,23 +169,6 @@ def _noisy_forward(model, films, layer, samples, sigma, generators):
         return _forward(model, (films + sigma * noise.to(films)).flatten(0, 1), layer)
 
 
-def _as_maps(output, layer, token_grid):
-    shape = tuple(output.shape)
-    if token_grid is None:
-        if output.ndim == 3:
-            raise ValueError(f"layer {layer} gives tokens {shape}: say how they lie, token_grid=(rows, columns), with rows * columns = "
-                             f"{shape[1]}, or {shape[1] - 1} if the first is a class token")
-        if output.ndim != 4:
-            raise ValueError(f"layer {layer} gives {shape}: class activation maps need maps (B, F, h, w), or tokens (B, T, D)")
-        return output
-    rows, columns = token_grid
-    if output.ndim != 3:
-        raise ValueError(f"layer {layer} gives {shape}: token_grid is for tokens (B, T, D)")
-    if shape[1] not in (rows * columns, rows * columns + 1):
-        raise ValueError(f"layer {layer} gives {shape[1]} tokens: token_grid {rows} x {columns} takes {rows * columns}, or one more")
-    return output[:, shape[1] - rows * columns:].transpose(1, 2).unflatten(2, (rows, columns))
-
-
 def _classes(classes, n_outputs):
     classes = list(range(n_outputs)) if classes is None else [int(c) for c in classes]
     wrong = [c for c in classes if not 0 <= c < n_outputs]
@@ -204,7 +188,7 @@ def _gradients(logits, output, classes, layer, token_grid):
             grad, = torch.autograd.grad(logits, output, chosen, retain_graph=position + 1 < len(classes), allow_unused=True)
         if grad is None:
             raise ValueError(f"the logits do not depend on layer {layer}, or have no gradient there: name a layer on their way")
-        of_maps = _as_maps(grad, layer, token_grid)
+        of_maps = as_maps(grad, layer, token_grid)
         if not torch.isfinite(of_maps).all():
             raise ValueError(f"the gradient of class {c} at layer {layer} holds NaN or infinite values")
         if grad.ndim == 3 and not reached:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from lib.data.nih import DIGITS, FILM_COLUMNS, Release
 from lib.data.nih_files import ReleaseError, box_frame, find_file, problem_frame, read_lines, require, some
+from lib.data.phantom_files import write_file
 from lib.data.rsna import draw_splits
 
 TABLE = "digits.csv"
@@ -49,7 +50,7 @@ def write_digits(root: str | Path, *, size: int = 32) -> None:
     if not unfinished.exists() and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} exists and holds no digits (it has no digits.json): choose an empty or new folder")
     (root / "images").mkdir(parents=True, exist_ok=True)
-    _write(unfinished, json.dumps(parameters).encode())
+    write_file(unfinished, json.dumps(parameters).encode())
 
     from sklearn.datasets import load_digits  # here: seconds, and only the first call needs it
 
@@ -58,10 +59,10 @@ def write_digits(root: str | Path, *, size: int = 32) -> None:
     pixels = np.floor(data.images * (255 / _BRIGHTEST) + 0.5).astype(np.uint8)
     for name, image in zip(names, pixels, strict=True):
         enlarged = cv2.resize(image, (size, size), interpolation=cv2.INTER_NEAREST)
-        _write(root / "images" / name, cv2.imencode(".png", enlarged)[1].tobytes())
+        write_file(root / "images" / name, cv2.imencode(".png", enlarged)[1].tobytes())
     rows = [f"{name},{label}" for name, label in zip(names, data.target, strict=True)]
-    _write(root / TABLE, "\n".join(["image,label", *rows, ""]).encode())
-    _write(finished, json.dumps(parameters).encode())
+    write_file(root / TABLE, "\n".join(["image,label", *rows, ""]).encode())
+    write_file(finished, json.dumps(parameters).encode())
     unfinished.unlink(missing_ok=True)
 
 
@@ -119,9 +120,3 @@ def read_digits(root: str | Path, *, validation_fraction: float, seed: int) -> R
     )
     dtypes = {name: "str" for name in FILM_COLUMNS} | {"age": float, "follow_up": int}
     return Release(root, films.astype(dtypes)[list(FILM_COLUMNS)], box_frame([]), problem_frame([]), DIGITS)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -195,6 +195,16 @@ def read_list(path: Path, problems: list) -> list[str]:
     return list(counts)
 
 
+def read_names(path: str | Path) -> list[str]:
+    """Names of films in a list of another's making, one a line, of any suffix; what follows a name on its line (labels, say) is left out."""
+    path = Path(path)
+    lines = read_lines(path)
+    require([f"row {number} does not begin with a film name" for number, cells in lines if not cells[0]], path, "One film name a line.")
+    if not lines:
+        raise ReleaseError(f"{path} is empty; it must name one film a line")
+    return [cells[0].split()[0] for _, cells in lines]
+
+
 # ---- BBox_List
 
 

@@ -26,6 +26,7 @@ _IMPLEMENTATION = "2.25.161803398874989484820458683436563811772"  # any UID unde
 
 
 def write_file(path: Path, content: bytes) -> None:
+    # Not `records.atomic`: this package imports no other of `lib`, and a sync to the disk for each of thousands of small films would take long.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -6,21 +6,17 @@ from itertools import product
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from lib.figures.style import GREY, INK, LIGHT_RIM, STYLE, WIDTH, class_name, grid, legend, new_figure, panels, show_film
+from lib.figures.style import GREY, INK, LIGHT_RIM, RELEVANCE, STYLE, WIDTH, class_name, grid, legend, new_figure, panels, show_film
 from lib.tables.nam_lee import METHODS, MODELS, READINGS, REGIONS
 from lib.tables.names import ordered
 
 METHOD_STYLES = {"cam": {"color": "#4d4d4d", "marker": "o"}, "lrp": {"color": "#0072b2", "marker": "s"}, "rap": {"color": "#d55e00", "marker": "^"}}
 _OTHER = {"color": "#009e73", "marker": "D"}
 _PALE = 0.45  # how much of a film's contrast is left beneath a map
-# Transparent at 0. Pixel relevance falls off steeply from its maximum: a linear opacity would leave a few specks.
-SIGNED = ListedColormap([(*mpl.colormaps["RdBu_r"](0.5 + 0.45 * np.sign(v) * (0.35 + 0.65 * abs(v)))[:3], 0.95 * abs(v) ** 0.6)
-                         for v in np.linspace(-1, 1, 255)], name="signed")
 
 
 @STYLE
@@ -67,7 +63,7 @@ def attribution_grid(films: np.ndarray, boxes: Sequence, titles: Sequence[str], 
         show_film(ax, (255 - _PALE * (255.0 - films[i])).astype(np.uint8) if j else films[i], boxes[i])
         if j and np.isfinite(maps[i, j - 1]).all():
             largest = np.abs(maps[i, j - 1]).max()
-            ax.imshow(maps[i, j - 1] / (largest or 1), cmap=SIGNED, vmin=-1, vmax=1, extent=(0, size, size, 0), zorder=0.5)
+            ax.imshow(maps[i, j - 1] / (largest or 1), cmap=RELEVANCE, vmin=-1, vmax=1, extent=(0, size, size, 0), zorder=0.5)
             if not largest:
                 ax.text(size / 2, 0.97 * size, "no relevance", ha="center", fontsize=7, path_effects=LIGHT_RIM)
         elif j:
@@ -75,7 +71,7 @@ def attribution_grid(films: np.ndarray, boxes: Sequence, titles: Sequence[str], 
         ax.set_title(names[i][j], fontsize=7, pad=2)
     for ax, text in zip(axes[0], headings):
         ax.annotate(text, (0.5, 1), (0, 5 + 9 * lines[0]), "axes fraction", "offset points", ha="center", weight="bold", fontsize=point, color=INK)
-    bar = figure.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), SIGNED), ax=axes, fraction=0.02, pad=0.01, aspect=30,
+    bar = figure.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), RELEVANCE), ax=axes, fraction=0.02, pad=0.01, aspect=30,
                           shrink=0.8 if rows > 1 else 1, ticks=(-1, -0.5, 0, 0.5, 1))
     bar.set_label("relevance, each map divided by its largest magnitude" if figure.get_figheight() > 4.5 else "relevance")
     bar.ax.set_facecolor("#dcdcdc")

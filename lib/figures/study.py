@@ -90,7 +90,7 @@ def _dot_panels(results: pd.DataFrame, metrics: list[str], data_label: str) -> F
     handles = []
     for i, j in product(range(len(backbones)), range(len(metrics))):
         rows = results[(results["backbone"] == backbones[i]) & (results["metric"] == metrics[j])]
-        handles += _dots(axes[i, j], rows, position, losses, metrics[j])
+        handles += loss_dots(axes[i, j], rows, position, losses, metrics[j])
         axes[i, j].set_title(f"{display(metrics[j])}, {display(backbones[i])}", pad=3)
     axes[0, 0].set_yticks(list(position.values()), [class_name(name).replace("Unhealthy", "Unhealthy (binary)") for name in position])
     axes[0, 0].set_ylim(y - 0.75, -0.6)
@@ -98,7 +98,7 @@ def _dot_panels(results: pd.DataFrame, metrics: list[str], data_label: str) -> F
     return figure
 
 
-def _dots(ax: Axes, rows: pd.DataFrame, position: dict[str, float], losses: list[str], metric: str) -> list:
+def loss_dots(ax: Axes, rows: pd.DataFrame, position: dict[str, float], losses: list[str], metric: str) -> list:
     """A line of the panel per class, the losses beside each other in it, a marker and its interval each; dashed or black: no skill."""
     for y in list(position.values())[::2]:
         ax.axhspan(y - 0.5, y + 0.5, color="#f2f2f2", linewidth=0)

@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lib.tables.names import LOSSES, display, ordered
+from lib.tables.names import LOSSES, class_name, display, ordered
 
 WIDTH = 7.0  # inches
 LOSS_STYLES = {"bce": {"color": "#4d4d4d", "marker": "o"}, "wbce": {"color": "#0072b2", "marker": "s"},
@@ -27,8 +27,15 @@ STYLE = mpl.rc_context({
     "legend.frameon": False, "figure.dpi": 150, "pdf.fonttype": 42,
 })
 # transparent where the map is 0, so the film stays visible; the colour bar is drawn over the grey of a film for the same reason
-HEAT = ListedColormap([(*mpl.colormaps["inferno"](0.35 + 0.6 * v)[:3], 0.8 * v**0.8) for v in np.linspace(0, 1, 256)], name="heat")
-
+_RAMP = np.linspace(0, 1, 256)
+HEAT = ListedColormap(np.column_stack([mpl.colormaps["inferno"](0.35 + 0.6 * _RAMP)[:, :3], 0.8 * _RAMP**0.8]), name="heat")
+# The hue does not fade towards 0: pale colours would look like a halo on a dark film.
+_BOTH = np.linspace(-1, 1, 257)
+SIGNED = ListedColormap(np.column_stack([np.where(_BOTH[:, None] > 0, (0.86, 0.12, 0.1), (0.12, 0.45, 0.9)), 0.75 * abs(_BOTH) ** 0.9]), name="signed")
+# Pixel relevance falls off steeply from its maximum: a linear opacity would leave a few specks.
+_PALE_TO_FULL = mpl.colormaps["RdBu_r"](0.5 + 0.45 * np.sign(_BOTH) * (0.35 + 0.65 * abs(_BOTH)))[:, :3]
+RELEVANCE = ListedColormap(np.column_stack([_PALE_TO_FULL, 0.95 * abs(_BOTH) ** 0.6]), name="relevance")
+FILM_GREY = "#6b6b6b"
 
 
 def new_figure(height: float, data_label: str, width: float = WIDTH) -> Figure:
@@ -86,10 +93,6 @@ def legend(figure: Figure, handles: Sequence) -> None:
         figure.legend(handles=list(labelled.values()), loc="outside upper center", ncols=6, handletextpad=0.4, columnspacing=1.6)
 
 
-def class_name(name: str) -> str:
-    return str(name).replace("_", " ")
-
-
 def grid(ax: Axes, axis: str = "x") -> None:
     ax.grid(axis=axis, color=PALE, linewidth=0.4)
 
@@ -106,3 +109,10 @@ def show_film(ax: Axes, film: np.ndarray, boxes: Sequence = (), names: Sequence[
             edge = np.clip(y2, 0, 0.91 * size) if i % 2 else np.clip(y1, 0.09 * size, size)
             ax.text(np.clip(x1, 0, 0.5 * size), edge, class_name(names[i]), va="top" if i % 2 else "bottom", color=BOX, fontsize=7,
                     path_effects=DARK_RIM)
+
+
+def correlation_text(x: np.ndarray, y: np.ndarray) -> str:
+    """Pearson's correlation with three decimals, or 'undefined' where a side is constant."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return "undefined"
+    return f"{np.corrcoef(x, y)[0, 1]:.3f}"

@@ -4,7 +4,6 @@ from lib.tables.khakzar import (
     BASELINE,
     caption,
     differences_to_bce,
-    long_metrics,
     read_published,
     statement_sentences,
     statements,
@@ -13,6 +12,7 @@ from lib.tables.khakzar import (
     to_latex,
     to_markdown,
 )
+from lib.tables.layout import long_metrics
 from lib.tables.names import BACKBONES, LOSSES, METRICS, MISSING, TASKS, display, ordered
 
 __all__ = ["BACKBONES", "BASELINE", "LOSSES", "METRICS", "MISSING", "TASKS", "caption", "differences_to_bce", "display", "li", "long_metrics",

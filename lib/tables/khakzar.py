@@ -9,11 +9,10 @@ Every function takes tidy frames. A `results` frame has one row per run and metr
 
 Runs that are not there become dashes; losses and backbones the paper does not have are appended after the paper's.
 """
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
+from lib.tables.layout import PUBLISHED, bounds_text, check_frame, check_label, latex, markdown, number_text, of_cells, range_text, tex_body
 from lib.tables.names import BACKBONES, LOSSES, MISSING, TASKS, display, ordered
 
 BASELINE = "bce"
@@ -36,7 +35,7 @@ _CLAIMS = (  # statement, metric, claimed change against BCE
 
 def read_published(number: int) -> pd.DataFrame:
     """Table 1 or 2 as Khakzar et al. print it: columns task, backbone, loss, metric, value (16 runs x 2 metrics)."""
-    return pd.read_csv(Path(__file__).parents[1] / "published" / _TABLES[number]["file"])
+    return pd.read_csv(PUBLISHED / _TABLES[number]["file"])
 
 
 def table1(alignment: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
@@ -65,8 +64,7 @@ def table2(concepts: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
 
 
 def _beside_paper(results: pd.DataFrame, number: int, data_label: str) -> pd.DataFrame:
-    if not data_label.strip():
-        raise ValueError("data_label is empty: say what the numbers were measured on")
+    check_label(data_label)
     metrics = _TABLES[number]["metrics"]
     results = _checked(results, ["value", "ci_low", "ci_high", "n"])
     results = results[results["metric"].isin(metrics)]
@@ -81,12 +79,7 @@ def _beside_paper(results: pd.DataFrame, number: int, data_label: str) -> pd.Dat
 
 
 def _checked(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    missing = [name for name in _KEY + columns if name not in frame]
-    if missing:
-        raise ValueError(f"the results frame has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
-    twice = frame[frame.duplicated(_KEY)]
-    if len(twice):
-        raise ValueError(f"{' '.join(map(str, twice[_KEY].iloc[0]))} is in the results frame more than once: average the seeds first")
+    check_frame(frame, _KEY, columns, "the results frame", ": average the seeds first")
     return frame
 
 
@@ -97,10 +90,10 @@ def caption(table: pd.DataFrame, interval: str) -> str:
     """
     number = _number(table)
     spec, have = _TABLES[number], table.dropna(subset=["value"])
-    counts = [f"{_range(rows['n'], *spec['unit'])} ({display(str(task)).lower()})" for task, rows in have.groupby("task", sort=False)]
+    counts = [f"{range_text(rows['n'], *spec['unit'])} ({display(str(task)).lower()})" for task, rows in have.groupby("task", sort=False)]
     parts = [f"{spec['title']}. Data: {table['data'].iloc[0]}."]
     if counts:
-        parts.append(f"Mean over {' and '.join(counts)}; {_range(have['seeds'], 'seed', 'seeds')} a run.")
+        parts.append(f"Mean over {' and '.join(counts)}; {range_text(have['seeds'], 'seed', 'seeds')} a run.")
     skipped = have[have["n_skipped"] > 0]
     if len(skipped):
         cells = f"{len(skipped)} cell{'s' if len(skipped) > 1 else ''}"
@@ -120,93 +113,30 @@ def _number(table: pd.DataFrame) -> int:
     raise ValueError(f"not a frame of table1 or table2: its metrics are {', '.join(sorted(metrics))}")
 
 
-def _range(values: pd.Series, one: str, many: str) -> str:
-    low, high = values.min(), values.max()
-    if pd.isna(low):
-        return f"an unknown number of {many}"
-    return f"{low:,.0f} {one if high == 1 else many}" if low == high else f"{low:,.0f} to {high:,.0f} {many}"
-
-
-def _number_text(value: float, decimals: int) -> str:
-    return MISSING if not np.isfinite(value) else f"{value:.{decimals}f}"
-
-
-def _lines(table: pd.DataFrame) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[str]]]]:
-    """The columns (task, backbone, metric) and the printed lines, three a loss: mean, interval, paper."""
+def _lines(table: pd.DataFrame) -> tuple[list[list[str]], list[tuple[str, list[str]]]]:
+    """The lines of headings, and the printed lines, three a loss: mean (its label between **), interval, paper."""
     spec = _TABLES[_number(table)]
     columns = list(dict.fromkeys(table[["task", "backbone", "metric"]].itertuples(index=False, name=None)))
+    head = [[name, *(display(column[part]) for column in columns)] for part, name in enumerate(("Task", "Classifier", "Metric"))]
     cells, lines = table.set_index(_KEY), []
     for loss in table["loss"].unique():
         rows = [cells.loc[(task, backbone, loss, metric)] for task, backbone, metric in columns]
-        low, high = ([_number_text(row[name], spec["decimals"]) for row in rows] for name in ("ci_low", "ci_high"))
-        lines.append((display(loss), [_number_text(row["value"], spec["decimals"]) for row in rows]))
-        lines.append(("95 % interval", [MISSING if MISSING in pair else "–".join(pair) for pair in zip(low, high)]))
-        lines.append(("paper", [_number_text(row["paper"], spec["paper_decimals"]) for row in rows]))
-    return columns, lines
+        lines.append((f"**{display(loss)}**", [number_text(row["value"], spec["decimals"]) for row in rows]))
+        lines.append(("95 % interval", [bounds_text(row["ci_low"], row["ci_high"], spec["decimals"]) for row in rows]))
+        lines.append(("paper", [number_text(row["paper"], spec["paper_decimals"]) for row in rows]))
+    return head, lines
 
 
 def to_markdown(table: pd.DataFrame, *, interval: str) -> str:
     """A frame of `table1` or `table2` as a Markdown table in the paper's arrangement, its caption below; `interval` as in `caption`."""
-    columns, lines = _lines(table)
-    head = [[name] + [display(column[part]) for column in columns] for name, part in (("Task", 0), ("Classifier", 1), ("Metric", 2))]
-    body = head[1:] + [[f"**{name}**" if i % 3 == 0 else name] + cells for i, (name, cells) in enumerate(lines)]
-    widths = [max(len(row[i]) for row in head + body) for i in range(len(columns) + 1)]
-
-    def line(row: list[str]) -> str:
-        return f"| {row[0].ljust(widths[0])} | {' | '.join(map(str.rjust, row[1:], widths[1:]))} |"
-
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|"
-    title = f"**Table {_number(table)}.** {caption(table, interval)}"
-    return "\n".join([line(head[0]), rule, *map(line, body), "", title, ""])
+    head, lines = _lines(table)
+    return markdown([*head, *([label, *cells] for label, cells in lines)], f"**Table {_number(table)}.** {caption(table, interval)}")
 
 
 def to_latex(table: pd.DataFrame, *, interval: str) -> str:
     """A frame of `table1` or `table2` as a LaTeX table over the text width (packages: booktabs); `interval` as in `caption`."""
-    columns, lines = _lines(table)
-    number = _number(table)
-    groups = [("Task", [column[0] for column in columns]), ("Classifier", [column[:2] for column in columns])]
-    out = [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
-           rf"\caption{{{_tex(caption(table, interval))}}}", rf"\label{{tab:{_TABLES[number]['label']}}}",
-           rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule"]
-    for name, keys in groups:
-        spans, rules, start = [], [], 2
-        for key in dict.fromkeys(keys):
-            width = keys.count(key)
-            spans.append(rf"\multicolumn{{{width}}}{{c}}{{{_tex(display(key if isinstance(key, str) else key[-1]))}}}")
-            rules.append(rf"\cmidrule(lr){{{start}-{start + width - 1}}}")
-            start += width
-        out += [f"{name} & {' & '.join(spans)} \\\\", "".join(rules)]
-    out += [f"Metric & {' & '.join(_tex(display(column[2])) for column in columns)} \\\\", r"\midrule"]
-    for i, (name, cells) in enumerate(lines):
-        if i and i % 3 == 0:
-            out.append(r"\addlinespace")
-        label = _tex(name) if i % 3 == 0 else rf"\quad {_tex(name)}"
-        out.append(f"{label} & {' & '.join(map(_tex, cells))} \\\\")
-    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
-
-
-def _tex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "---", "–": "--", " %": r"\,\%"}
-    special |= {character: "\\" + character for character in "&%$#_{}"}
-    out, i = [], 0
-    while i < len(text):
-        key = text[i:i + 2] if text[i:i + 2] in special else text[i]
-        out.append(special.get(key, key))
-        i += len(key)
-    return "".join(out)
-
-
-def long_metrics(metrics: pd.DataFrame, names: tuple[str, ...] = ("auroc", "ap", "mean_probability")) -> pd.DataFrame:
-    """metrics.csv rows (columns <name>, <name>_ci_low, <name>_ci_high) as one row per metric: metric, value, ci_low, ci_high.
-
-    All columns that belong to no metric (task, backbone, loss, class, prevalence, ...) are kept. Intervals that are absent become NaN.
-    """
-    parts = []
-    keep = [column for column in metrics if not any(column in (name, f"{name}_ci_low", f"{name}_ci_high") for name in names)]
-    for name in names:
-        bounds = {f"ci_{side}": metrics.get(f"{name}_ci_{side}", pd.Series(np.nan, metrics.index)) for side in ("low", "high")}
-        parts.append(metrics[keep].assign(metric=name, value=metrics[name], **bounds))
-    return pd.concat(parts, ignore_index=True)
+    head, lines = _lines(table)
+    return latex(head, tex_body(lines, bold=False), caption=caption(table, interval), label=_TABLES[_number(table)]["label"])
 
 
 def differences_to_bce(results: pd.DataFrame) -> pd.DataFrame:
@@ -297,7 +227,7 @@ def _paragraph(number: int, rows: pd.DataFrame) -> str:
     heading = {1: "AUROC and AP are alike across losses", 2: "The cost-sensitive losses raise the mean predicted probability",
                3: "The cost-sensitive losses raise IoBB and lower IoR", 4: "The cost-sensitive losses give more concepts"}[number]
     overall = rows.iloc[-1]
-    verdict = f"holds in {_of(overall['holds'], overall['cells'])}" if overall["cells"] else "cannot be checked, no cell has its runs"
+    verdict = f"holds in {of_cells(overall['holds'], overall['cells'])}" if overall["cells"] else "cannot be checked, no cell has its runs"
     parts = [f"**{number}. {heading}**: {verdict}."]
     for metric, row in rows.iterrows():
         if metric != "both" and row["cells"]:
@@ -305,14 +235,14 @@ def _paragraph(number: int, rows: pd.DataFrame) -> str:
     if not overall["paper_cells"]:
         parts.append("The paper shows this in its Fig. 2 only and prints no table to count in.")
     else:
-        each = ", ".join(f"{display(str(metric))} in {_of(row['paper_holds'], row['paper_cells'])}" for metric, row in rows.iterrows())
+        each = ", ".join(f"{display(str(metric))} in {of_cells(row['paper_holds'], row['paper_cells'])}" for metric, row in rows.iterrows())
         parts.append(f"In the paper's own Table {number - 2}: {each}.")
     return " ".join(parts)
 
 
 def _metric_sentence(metric: str, row: pd.Series, margin: float) -> str:
     what = {"alike": f"within {margin:g} of BCE's", "up": "higher than BCE's", "down": "lower than BCE's"}[row["claim"]]
-    sentence = f"{display(metric)} is {what} in {_of(row['holds'], row['cells'])}"
+    sentence = f"{display(metric)} is {what} in {of_cells(row['holds'], row['cells'])}"
     if not row["intervals"]:
         return sentence + " (no intervals)."
     alike = row["claim"] == "alike"
@@ -320,10 +250,3 @@ def _metric_sentence(metric: str, row: pd.Series, margin: float) -> str:
     of = "" if row["intervals"] == row["cells"] else f" (of {row['intervals']} with one)"
     supported, contradicted = (row[name] or "none" for name in ("supported", "contradicted"))
     return sentence + f"; the 95 % interval of the difference {yes} in {supported}{of}, {no} in {contradicted}."
-
-
-def _of(count: int, total: int) -> str:
-    noun = "cell" if total == 1 else "cells"
-    if count == total:
-        return "the only cell" if total == 1 else f"all {total} {noun}"
-    return f"{count or 'none'} of {total} {noun}"

@@ -7,21 +7,19 @@ Tidy frames in. The columns that identify a row, where a table has them:
     scale     'individual', 'common_raw' (the signed maps are summed as they are) or 'common_tanh' (their values on the common scale)
 
 Further columns are n (films) and ci_low, ci_high (the 95 % interval; optional, NaN: none). Rows that are not there become dashes; methods the
-paper prints no numbers for come after its four.
+paper prints no numbers for come after its four, in the order of CAMS.
 """
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
-from lib.tables.khakzar import _number_text, _range, _tex, long_metrics
-from lib.tables.names import METRICS, MISSING, ordered
+from lib.tables.layout import PUBLISHED, bounds_text, check_frame, check_label, latex, long_metrics, markdown, number_text, range_text, tex_body
+from lib.tables.names import METRICS, MISSING, class_name, ordered
 
-CAMS = {"grad": "Grad", "hires": "Pixel-wise Grad", "gradpp": "Grad++", "xgrad": "XGrad", "cam": "CAM", "layer": "Layer", "score": "Score",
-        "smooth_gradpp": "Smooth Grad++", "ss": "SS", "is": "IS"}
+CAMS = {"grad": "Grad", "hires": "Pixel-wise Grad", "gradpp": "Grad++", "xgrad": "XGrad", "cam": "CAM", "layer": "Layer",
+        "smooth_gradpp": "Smooth Grad++", "score": "Score-CAM", "ss": "SS-CAM", "is": "IS-CAM"}
 SCALES = {"individual": "Individual scale", "common_raw": "Common scale, raw sum", "common_tanh": "Common scale, tanh"}
 FEATURES = {"all": "All", "principal": "Principal", "non_principal": "Non-principal"}
-_PRINTED = {"grad": "grad_cam", "hires": "pixelwise_grad_cam", "gradpp": "grad_cam_pp", "xgrad": "xgrad_cam"}  # the rest has no numbers in the paper
+_PRINTED = {"grad": "grad_cam", "hires": "pixelwise_grad_cam", "gradpp": "grad_cam_pp", "xgrad": "xgrad_cam"}
 _COEFFICIENTS = {"pearson": "Pearson", "spearman": "Spearman"}
 _CHANGES = {"average_increase": "Average increase (%)", "average_drop": "Average drop (%)"}
 _CORRELATION = ("Bold: the coefficient of the paper's rule, Pearson where Henze and Zirkler's test does not reject a bivariate normal distribution "
@@ -58,7 +56,7 @@ _COLUMNS = {  # of the printed table: the last part of the key, and what heads i
 
 def read_published(number: int) -> pd.DataFrame:
     """Table 1 to 4 as Li et al. print it, a row per number. Tables 2 and 4: the X-rays only."""
-    return pd.read_csv(Path(__file__).parents[1] / "published" / _TABLES[number]["file"])
+    return pd.read_csv(PUBLISHED / _TABLES[number]["file"])
 
 
 def table1(consistency: pd.DataFrame, *, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
@@ -68,7 +66,8 @@ def table1(consistency: pd.DataFrame, *, dataset: str = "X-rays", data_label: st
     ----------
     consistency : [class], method, scale, pearson, spearman, normal (bool, the test for a bivariate normal does not reject), chosen ('pearson' or
         'spearman', the coefficient the paper's rule takes; '' or NaN: neither exists), n, and optionally ci_low, ci_high of the chosen one,
-        and features: then only the rows 'all' count.
+        and features: then only the rows 'all' count. Methods may differ in n, where some are tried on few films: the printed table says on how
+        many, and `sentences` leave those rows out.
     dataset : the paper's row to put beside, e.g. 'X-rays' or 'MNIST'.
     data_label : what ours were measured on, e.g. 'Simulated phantom films, not patients'.
 
@@ -110,8 +109,7 @@ def table2(masked: pd.DataFrame, *, selection: str, dataset: str = "X-rays", dat
     frame = _checked(2, long_metrics(masked, names), ["n_features", "n"])
     printed = read_published(2).replace({"features": {"principal_top5pct": "principal"}}).query("dataset == @dataset")
     paper = {("accuracy", row.features): row.accuracy for row in printed.itertuples()}
-    columns = ["value", "ci_low", "ci_high", "n", "n_features"]
-    return _assembled(2, frame, [list(names), list(FEATURES)], columns, paper, dataset, data_label, selection)
+    return _assembled(2, frame, [list(names), list(FEATURES)], ["value", "ci_low", "ci_high", "n", "n_features"], paper, dataset, data_label, selection)
 
 
 def table3(consistency: pd.DataFrame, *, selection: str, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
@@ -173,32 +171,25 @@ def _consistency(number: int, frame: pd.DataFrame, dataset: str, data_label: str
 
 
 def _methods(frame: pd.DataFrame) -> list[str]:
-    return ordered(dict.fromkeys(_PRINTED), frame["method"])
+    present = set(frame["method"])
+    return ordered({method: name for method, name in CAMS.items() if method in _PRINTED or method in present}, frame["method"])
 
 
 def _checked(number: int, frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     frame = frame.assign(**{name: value for name, value in (("class", ""), ("ci_low", np.nan), ("ci_high", np.nan)) if name not in frame})
-    missing = [name for name in _KEY[number] + columns if name not in frame]
-    if missing:
-        raise ValueError(f"the frame for Table {_TABLES[number]['roman']} has no column {', '.join(missing)}; "
-                         f"it has {', '.join(map(str, frame.columns))}")
+    where = f"the frame for Table {_TABLES[number]['roman']}"
+    check_frame(frame, _KEY[number], columns, where, ": one row each, and a column class where there are several selected classes")
     allowed = {"scale": set(SCALES), "features": set(FEATURES), "metric": set(_CHANGES) if number == 4 else {"auroc", "accuracy"}}
     for name in set(_KEY[number]) & set(allowed):
         unknown = set(frame[name]) - allowed[name]
         if unknown:
-            raise ValueError(f"unknown {name} {', '.join(map(str, unknown))} in the frame for Table {_TABLES[number]['roman']}: "
-                             f"choose {', '.join(sorted(allowed[name]))}")
-    twice = frame[frame.duplicated(_KEY[number])]
-    if len(twice):
-        raise ValueError(f"{' '.join(map(str, twice[_KEY[number]].iloc[0])).strip()} is in the frame for Table {_TABLES[number]['roman']} more than "
-                         "once: one row each, and a column class where there are several selected classes")
+            raise ValueError(f"unknown {name} {', '.join(map(str, unknown))} in {where}: choose {', '.join(sorted(allowed[name]))}")
     return frame
 
 
 def _assembled(number, frame, levels, columns, paper, dataset, data_label, selection) -> pd.DataFrame:
     """Every cell of the table, in its order: classes, then the product of the levels."""
-    if not data_label.strip():
-        raise ValueError("data_label is empty: say what the numbers were measured on")
+    check_label(data_label)
     if number > 1 and not selection.strip():
         raise ValueError("selection is empty: say how the principal features were chosen")
     known = read_published(1)["dataset"].unique()
@@ -209,9 +200,7 @@ def _assembled(number, frame, levels, columns, paper, dataset, data_label, selec
     table["paper"] = [paper.get(cell[1:], np.nan) for cell in cells]
     table = table.reset_index()
     labels = {"table": number, "data": data_label, "dataset": dataset} | ({"selection": selection} if number > 1 else {})
-    for i, (name, value) in enumerate(labels.items()):
-        table.insert(i, name, value)
-    return table
+    return table.assign(**labels)[[*labels, *table]]
 
 
 def caption(table: pd.DataFrame, interval: str) -> str:
@@ -222,7 +211,7 @@ def caption(table: pd.DataFrame, interval: str) -> str:
     spec, have = _TABLES[_number(table)], table.dropna(subset=["value"])
     parts = [f"{spec['title']}. Data: {table['data'].iloc[0]}."]
     if len(have):
-        parts.append(f"Over {_range(have['n'], 'film', 'films')}.")
+        parts.append(f"Over {range_text(have['n'], 'film', 'films')}.")
     if "selection" in table:
         parts.append(f"Principal features: {table['selection'].iloc[0]}.")
     parts.append(spec["notes"])
@@ -232,6 +221,9 @@ def caption(table: pd.DataFrame, interval: str) -> str:
     has_row = table["paper"].notna().any()
     what = " (accuracy)" if _number(table) == 2 else " (the change only)" if _number(table) == 4 else ""
     parts.append(f"Paper: {row}{what}; other films and another classifier than ours." if has_row else f"{row}: not transcribed here.")
+    if _number(table) == 1:
+        own = [CAMS.get(method, method) for method in table["method"].unique() if method not in _PRINTED]
+        parts += [f"Not in the paper: {', '.join(own)}."] if own else []
     if table[["value", "paper"]].isna().any(axis=None):
         parts.append(f"{MISSING}: none.")
     return " ".join(parts)
@@ -247,72 +239,55 @@ def _has_intervals(table: pd.DataFrame) -> bool:
     return bool(np.isfinite(table[["ci_low", "ci_high"]].to_numpy(float)).all(axis=1).any())
 
 
+def _label(name: str, row: str) -> str:
+    return ", ".join(filter(None, (class_name(name), CAMS.get(row) or METRICS.get(row) or row.capitalize())))
+
+
+def _fewer(table: pd.DataFrame) -> tuple[pd.Series, dict[tuple[str, str], str]]:
+    """Which cells have fewer films than others of their class, and how many films the classes and methods of such cells have."""
+    n = table["n"].astype(float)  # an empty frame has columns of objects
+    fewer, methods = n < n.groupby(table["class"]).transform("max"), n.groupby([table["class"], table["method"]], sort=False)
+    return fewer, {key: range_text(films, "film", "films") for key, films in methods if fewer[films.index].any()}
+
+
 def _lines(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
     """The printed lines, a group per class and method (Table II: metric); a label or a cell between ** is bold."""
     number = _number(table)
     decimals, columns, rows_of = _TABLES[number]["decimals"], list(_COLUMNS[number]), _KEY[number][1]
     lines, cells = [], table.set_index(_KEY[number])
+    few = _fewer(table)[1] if number == 1 else {}
     for name, row in dict.fromkeys(table[["class", rows_of]].itertuples(index=False, name=None)):
         group = [cells.loc[(name, row, *column)] for column in columns]
-        label = ", ".join(filter(None, (str(name).replace("_", " "), CAMS.get(row) or METRICS.get(row) or row.capitalize())))
+        label = _label(name, row) + (f" ({few[name, row]})" if (name, row) in few else "")
         if number in (1, 3):
             for coefficient, title in _COEFFICIENTS.items():
-                texts = [_number_text(cell[coefficient], decimals) for cell in group]
+                texts = [number_text(cell[coefficient], decimals) for cell in group]
                 texts = [f"**{text}**" if cell["chosen"] == coefficient and text != MISSING else text for cell, text in zip(group, texts)]
                 lines.append((f"**{label}**, {title}" if coefficient == "pearson" else title, texts))
         else:
-            lines.append((f"**{label}**", [_number_text(cell["value"], decimals) for cell in group]))
+            lines.append((f"**{label}**", [number_text(cell["value"], decimals) for cell in group]))
         if _has_intervals(table):
-            bounds = [[_number_text(cell[side], decimals) for side in ("ci_low", "ci_high")] for cell in group]
-            lines.append(("95 % interval", [MISSING if MISSING in pair else " to ".join(pair) for pair in bounds]))
+            lines.append(("95 % interval", [bounds_text(cell["ci_low"], cell["ci_high"], decimals, " to ") for cell in group]))
         if number == 2:
-            lines.append(("number of features", [_number_text(cell["n_features"], 0) for cell in group]))
-        lines.append(("paper", [_number_text(cell["paper"], decimals) for cell in group]))
+            lines.append(("number of features", [number_text(cell["n_features"], 0) for cell in group]))
+        lines.append(("paper", [number_text(cell["paper"], decimals) for cell in group]))
     return lines
 
 
 def to_markdown(table: pd.DataFrame, *, interval: str) -> str:
     """A frame of `table1` to `table4` as a Markdown table with its caption below; `interval` as in `caption`."""
     number = _number(table)
-    levels = [list(level) for level in zip(*_COLUMNS[number].values())]
-    head = [["Features" if number == 2 else "CAM", *levels[0]], *(["", *level] for level in levels[1:])]
-    body = head[1:] + [[label, *cells] for label, cells in _lines(table)]
-    widths = [max(len(row[i]) for row in head + body) for i in range(len(head[0]))]
-
-    def line(row: list[str]) -> str:
-        return f"| {row[0].ljust(widths[0])} | {' | '.join(map(str.rjust, row[1:], widths[1:]))} |"
-
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|"
-    return "\n".join([line(head[0]), rule, *map(line, body), "", f"**Table {_TABLES[number]['roman']}.** {caption(table, interval)}", ""])
+    groups, *names = zip(*_COLUMNS[number].values())
+    head = [["Features" if number == 2 else "CAM", *groups], *(["", *level] for level in names)]
+    return markdown([*head, *([label, *cells] for label, cells in _lines(table))], f"**Table {_TABLES[number]['roman']}.** {caption(table, interval)}")
 
 
 def to_latex(table: pd.DataFrame, *, interval: str) -> str:
     """A frame of `table1` to `table4` as a LaTeX table over the text width (packages: booktabs); `interval` as in `caption`."""
-    number, columns = _number(table), list(_COLUMNS[_number(table)].values())
-    out = [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{4pt}", rf"\caption{{{_tex(caption(table, interval))}}}",
-           rf"\label{{tab:li-{_TABLES[number]['label']}}}", rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule"]
-    if len(columns[0]) > 1:
-        spans, rules, start = [], [], 2
-        for name in dict.fromkeys(column[0] for column in columns):
-            width = sum(column[0] == name for column in columns)
-            spans.append(rf"\multicolumn{{{width}}}{{c}}{{{_tex(name)}}}")
-            rules.append(rf"\cmidrule(lr){{{start}-{start + width - 1}}}")
-            start += width
-        out += [f" & {' & '.join(spans)} \\\\", "".join(rules)]
-    out += [f"{'Features' if number == 2 else 'CAM'} & {' & '.join(_tex(column[-1]) for column in columns)} \\\\", r"\midrule"]
-    for i, (label, cells) in enumerate(_lines(table)):
-        if i and label.startswith("**"):
-            out.append(r"\addlinespace")
-        first = _bold_tex(label) if label.startswith("**") else rf"\quad {_tex(label)}"
-        out.append(f"{first} & {' & '.join(map(_bold_tex, cells))} \\\\")
-    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
-
-
-def _bold_tex(text: str) -> str:
-    if not text.startswith("**"):
-        return _tex(text)
-    bold, rest = text[2:].split("**", 1)
-    return rf"\textbf{{{_tex(bold)}}}{_tex(rest)}"
+    number = _number(table)
+    *groups, names = zip(*_COLUMNS[number].values())
+    head = [*(["", *level] for level in groups), ["Features" if number == 2 else "CAM", *names]]
+    return latex(head, tex_body(_lines(table)), caption=caption(table, interval), label=f"li-{_TABLES[number]['label']}", gap=4)
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
@@ -320,13 +295,10 @@ def sentences(table: pd.DataFrame) -> list[str]:
     return {1: _scale_sentences, 2: _mask_sentences, 3: _selection_sentences, 4: _change_sentences}[_number(table)](table)
 
 
-def _wide(table: pd.DataFrame, value: str, column: str) -> pd.DataFrame:
-    return table.astype({value: float}).pivot(index=["class", "method"], columns=column, values=value)
-
-
-def _raised(before: pd.Series, after: pd.Series) -> tuple[int, int, float]:
-    """How many of how many rose, and by how much on average."""
-    rise = (after - before).dropna()
+def _raised(table: pd.DataFrame, value: str, column: str, before: str, after: str) -> tuple[int, int, float]:
+    """How many of how many classes and methods have more of `value` where `column` is `after` than where it is `before`; the mean rise."""
+    wide = table.astype({value: float}).pivot(index=["class", "method"], columns=column, values=value)
+    rise = (wide[after] - wide[before]).dropna()
     return int((rise > 0).sum()), len(rise), float(rise.mean()) if len(rise) else np.nan
 
 
@@ -336,24 +308,24 @@ def _of(count: int, total: int) -> str:
 
 def _rises(table: pd.DataFrame, column: str, before: str, after: str) -> list[str]:
     """'Pearson's for 3 of 4 methods (+0.108 on average)', then Spearman's, then that of the paper's rule; empty if nothing can be compared."""
-    found = {}
-    for coefficient, name in (("pearson", "Pearson"), ("spearman", "Spearman"), ("value", "the paper's rule")):
-        wide = _wide(table, coefficient, column)
-        found[name] = _raised(wide[before], wide[after])
+    found = {name: _raised(table, coefficient, column, before, after)
+             for coefficient, name in (("pearson", "Pearson"), ("spearman", "Spearman"), ("value", "the paper's rule"))}
     noun = "methods" if table["class"].nunique() == 1 else "pairs of class and method"
     return [f"{_of(count, total)} {noun} by {name} ({mean:+.3f} on average)" for name, (count, total, mean) in found.items() if total]
 
 
 def _scale_sentences(table: pd.DataFrame) -> list[str]:
-    out = []
+    out, (fewer, few) = [], _fewer(table)
+    if few:
+        left_out = "; ".join(f"{_label(*key)} ({films})" for key, films in few.items())
+        out.append(f"The counts leave out what was measured on fewer than {range_text(table.loc[~fewer, 'n'], 'film', 'films')}: {left_out}.")
+        table = table.assign(**{name: table[name].where(~fewer) for name in (*_COEFFICIENTS, "value")})
     for scale, name in (("common_raw", "raw sums"), ("common_tanh", "sums of tanh values")):
         rises = _rises(table, "scale", "individual", scale)
-        if rises:
-            out.append(f"The common scale ({name}) against individual ones: the correlation with the logit rises for {', '.join(rises)}.")
-        else:
-            out.append(f"The common scale ({name}) cannot be compared: no method has both scales.")
-    paper = _wide(table[table["class"] == table["class"].iloc[0]], "paper", "scale")
-    count, total, mean = _raised(paper["individual"], paper["common_raw"])
+        said = f"against individual ones: the correlation with the logit rises for {', '.join(rises)}" if rises else \
+            "cannot be compared: no method has both scales"
+        out.append(f"The common scale ({name}) {said}.")
+    count, total, mean = _raised(table[table["class"] == table["class"].iloc[0]], "paper", "scale", "individual", "common_raw")
     if total:
         out.append(f"The paper's S- maps ({table['dataset'].iloc[0]}) raise it for {_of(count, total)} methods ({mean:+.3f} on average).")
     raw = table[table["scale"] == "common_raw"]
@@ -376,7 +348,7 @@ def _mask_sentences(table: pd.DataFrame) -> list[str]:
         value, count = rows["value"], rows["n_features"]
         if not np.isfinite(value.to_numpy(float)).all():
             continue
-        where = f"{str(name).replace('_', ' ')}: " if name else ""
+        where = f"{class_name(name)}: " if name else ""
         verdict = ("the principal features do better than all others together, as in the paper" if value["principal"] > value["non_principal"]
                    else "the other features do at least as well as the principal ones, unlike in the paper")
         title = METRICS.get(metric, metric)
@@ -400,8 +372,7 @@ def _selection_sentences(table: pd.DataFrame) -> list[str]:
     if not out:
         out.append("The selection cannot be compared: no method has maps of all and of the principal features.")
     printed = table[(table["scale"] == "common_raw") & (table["class"] == table["class"].iloc[0])]
-    paper = _wide(printed, "paper", "features")
-    count, total, mean = _raised(paper["all"], paper["principal"])
+    count, total, mean = _raised(printed, "paper", "features", "all", "principal")
     if total:
         out.append(f"The paper's FS-S- maps ({table['dataset'].iloc[0]}) have a higher one than its S- maps for {_of(count, total)} methods "
                    f"({mean:+.3f} on average).")

@@ -3,13 +3,11 @@
 Tidy frames in: `attribution.iou_means`, `iou_differences` and `share_means` make those of Table 2 and of the sentences. What is not there
 becomes a dash; models, classes and methods the paper does not have are appended after the paper's.
 """
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
-from lib.tables.khakzar import _number_text, _range, _tex
-from lib.tables.names import MISSING, ordered
+from lib.tables.layout import PUBLISHED, bounds_text, check_frame, check_label, latex, markdown, number_text, of_cells, range_text, tex_row
+from lib.tables.names import MISSING, class_name, ordered
 
 METHODS = {"cam": "CAM", "lrp": "LRP", "rap": "RAP"}
 MODELS = {"densenet121": "DenseNet-121", "resnet50": "ResNet-50", "vgg16": "VGG-16", "chexnet": "CheXNet"}
@@ -27,7 +25,7 @@ _UNSAID = "The paper does not say which IoU it prints; its values fit the mean o
 
 def read_published(number: int) -> pd.DataFrame:
     """Table 1 (dataset, model, class, auroc) or 2 (threshold, method, class, mean_iou; methods by our ids) as Nam & Lee print it."""
-    table = pd.read_csv(Path(__file__).parents[1] / "published" / _FILES[number])
+    table = pd.read_csv(PUBLISHED / _FILES[number])
     return table.assign(method=table["method"].str.lower()) if number == 2 else table
 
 
@@ -128,28 +126,20 @@ def caption(table: pd.DataFrame, interval: str, reading: str = "mean_iou") -> st
 def to_markdown(table: pd.DataFrame, *, interval: str, reading: str = "mean_iou") -> str:
     """A frame of `table1` or `table2` (one reading of it) as a Markdown table, its caption below; `interval` as in `caption`."""
     labels, columns, lines = _lines(table, reading)
-    rows = [labels + columns, *lines]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: list[str]) -> str:
-        return f"| {' | '.join(cell.ljust(width) if i < len(labels) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))} |"
-
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if i < len(labels) else ":") for i, width in enumerate(widths)) + "|"
-    return "\n".join([line(rows[0]), rule, *map(line, lines), "", f"**Table {_number(table)}.** {caption(table, interval, reading)}", ""])
+    below = f"**Table {_number(table)}.** {caption(table, interval, reading)}"
+    return markdown([labels + columns, *lines], below, n_labels=len(labels))
 
 
 def to_latex(table: pd.DataFrame, *, interval: str, reading: str = "mean_iou") -> str:
     """A frame of `table1` or `table2` (one reading of it) as a LaTeX table over the text width (packages: booktabs)."""
     labels, columns, lines = _lines(table, reading)
     name = "model-auroc" if _number(table) == 1 else f"attribution-{reading.replace('_', '-')}"
-    out = [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{_tex(caption(table, interval, reading))}}}",
-           rf"\label{{tab:{name}}}", rf"\begin{{tabular}}{{{'l' * len(labels)}{'c' * len(columns)}}}", r"\toprule",
-           f"{' & '.join(map(_tex, labels + columns))} \\\\", r"\midrule"]
+    body = []
     for i, line in enumerate(lines):
         if i and line[0]:
-            out.append(r"\addlinespace")
-        out.append(f"{' & '.join(map(_tex, line))} \\\\")
-    return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
+            body.append(r"\addlinespace")
+        body.append(tex_row(line))
+    return latex([labels + columns], body, caption=caption(table, interval, reading), label=name, n_labels=len(labels))
 
 
 def verdicts(differences: pd.DataFrame, means: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -201,7 +191,7 @@ def intention_sentences(means: pd.DataFrame, gaps: pd.DataFrame | None = None) -
         parts = [f"{100 * row.value:.1f} %{_between(row.ci_low, row.ci_high)} {REGIONS.get(row.region, f'in {row.region}')}, "
                  f"{_against_area(row)} ({100 * row.area:.1f} %)" for row in known.itertuples()]
         text = f"**{MODELS.get(model, model)}, {METHODS.get(method, method)}, {kind}**: "
-        text += f"over {_range(known['n'], 'film', 'films')}, of the positive relevance {'; '.join(parts)}." if parts else \
+        text += f"over {range_text(known['n'], 'film', 'films')}, of the positive relevance {'; '.join(parts)}." if parts else \
             "no positive relevance, or no region but the whole film to look at."
         for row in known[known["region"] == "boxes"].itertuples():
             text += _verdict(_against_area(row), gaps, model, method, kind)
@@ -228,25 +218,19 @@ def _sentence(row) -> str:
     text = f"**{METHODS.get(row.method, row.method)} against {row.against}, {READINGS[row.reading]}**: "
     if not row.cells:
         return text + "no cell to compare."
-    text += f"higher in {_of(row.higher, row.cells)} of class and threshold"
+    text += f"higher in {of_cells(row.higher, row.cells)} of class and threshold"
     if row.intervals:
         of = "" if row.intervals == row.cells else f" (of {row.intervals} with one)"
         text += (f"; the 95 % interval of the paired difference lies wholly above zero in {row.supported or 'none'}{of}, wholly below in "
                  f"{row.contradicted or 'none'}.")
     else:
         text += " (no intervals)."
-    return text + (f" In the paper's Table 2: {_of(row.paper_higher, row.paper_cells)}." if row.paper_cells else "")
+    return text + (f" In the paper's Table 2: {of_cells(row.paper_higher, row.paper_cells)}." if row.paper_cells else "")
 
 
 def _counts(difference: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, int]:
     return {"cells": int(difference.notna().sum()), "higher": int((difference > 0).sum()), "intervals": int((low.notna() & high.notna()).sum()),
             "supported": int((low > 0).sum()), "contradicted": int((high < 0).sum())}
-
-
-def _of(count: int, total: int) -> str:
-    if count == total:
-        return "the only cell" if total == 1 else f"all {total} cells"
-    return f"{count or 'none'} of {total} {'cell' if total == 1 else 'cells'}"
 
 
 def _against_area(row) -> str:
@@ -263,7 +247,7 @@ def _lines(table: pd.DataFrame, reading: str) -> tuple[list[str], list[str], lis
     """Headings of the label columns, those of the others, and the printed lines: mean, interval and paper one below the other."""
     if _number(table) == 1:
         one_class = table["class"].nunique() == 1
-        columns = [MODELS.get(row.model, row.model) if one_class else f"{MODELS.get(row.model, row.model)} {_class_name(row[4])}"
+        columns = [MODELS.get(row.model, row.model) if one_class else f"{MODELS.get(row.model, row.model)} {class_name(row[4])}"
                    for row in table.itertuples()]
         return ["AUROC"], columns, [[name, *cells] for name, cells in zip(("ours", "95 % interval", "paper"), _triple(table))]
     if reading not in READINGS:
@@ -276,17 +260,13 @@ def _lines(table: pd.DataFrame, reading: str) -> tuple[list[str], list[str], lis
             lines.append([f"{threshold:g}" if k == 0 else "", METHODS.get(method, method), *ours])
             lines += [["", "95 % interval", *interval], ["", "paper", *paper]]
     floor = table.groupby("class")["floor"].mean()
-    lines.append(["any", "empty mask", *(_number_text(floor[name], 3) for name in classes)])
-    return ["T", "Method"], [_class_name(name) for name in classes], lines
+    lines.append(["any", "empty mask", *(number_text(floor[name], 3) for name in classes)])
+    return ["T", "Method"], [class_name(name) for name in classes], lines
 
 
 def _triple(rows: pd.DataFrame) -> list[list[str]]:
-    value, low, high, paper = ([_number_text(number, 3) for number in rows[name]] for name in ("value", "ci_low", "ci_high", "paper"))
-    return [value, [MISSING if MISSING in pair else "–".join(pair) for pair in zip(low, high)], paper]
-
-
-def _class_name(name: str) -> str:
-    return str(name).replace("_", " ")
+    value, paper = ([number_text(number, 3) for number in rows[name]] for name in ("value", "paper"))
+    return [value, [bounds_text(low, high, 3) for low, high in zip(rows["ci_low"], rows["ci_high"])], paper]
 
 
 def _number(table: pd.DataFrame) -> int:
@@ -296,17 +276,11 @@ def _number(table: pd.DataFrame) -> int:
 
 
 def _counted(table: pd.DataFrame, one: str, many: str, suffix: str = "") -> list[str]:
-    return [f"Over {_range(table['n'], one, many)}{suffix}."] if table["n"].notna().any() else []
+    return [f"Over {range_text(table['n'], one, many)}{suffix}."] if table["n"].notna().any() else []
 
 
 def _checked(frame: pd.DataFrame, key: list[str], values: list[str], data_label: str) -> pd.DataFrame:
     """`frame` with only `values`, indexed by `key`."""
-    if not data_label.strip():
-        raise ValueError("data_label is empty: say what the numbers were measured on")
-    missing = [name for name in key + values if name not in frame]
-    if missing:
-        raise ValueError(f"the frame has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
-    twice = frame[frame.duplicated(key)]
-    if len(twice):
-        raise ValueError(f"{' '.join(map(str, twice[key].iloc[0]))} is in the frame more than once")
+    check_label(data_label)
+    check_frame(frame, key, values)
     return frame.set_index(key)[values]

@@ -17,6 +17,11 @@ def display(name: str) -> str:
     return name
 
 
+def class_name(name: str) -> str:
+    """A class as it is printed, without underscores."""
+    return str(name).replace("_", " ")
+
+
 def ordered(known: dict[str, str], present: pd.Series) -> list[str]:
     """The paper's ids in the paper's order, then whatever else is present in order of appearance."""
     return list(known) + [str(name) for name in present.unique() if name not in known]
