@@ -46,6 +46,11 @@ def sources(wildcards):
     return [path for pattern in patterns.get(study.release, ()) for path in sorted(glob.glob(f"{study.data_root}/{pattern}"))]
 
 
+def chexnet_files(wildcards):
+    """The checkpoint and the lists that a study names."""
+    return [str(path) for path in STUDIES[wildcards.study].chexnet_files.values()]
+
+
 STUDY = " -f {input.study}{params.own_keys}"
 RUN_OF_STUDY = STUDY + " -f {input.run} -p seed {wildcards.seed}"
 
@@ -61,8 +66,12 @@ onstart:
 
     socket.setdefaulttimeout(60)
     try:
-        for path in {study.chexnet for study in STUDIES.values() if study.chexnet}:
-            load_chexnet(path)
+        for files in (study.chexnet_files for study in STUDIES.values()):
+            for key, path in files.items():
+                if not path.is_file():
+                    raise RuntimeError(f"{key}: there is no file {path}")
+            if "chexnet" in files:
+                load_chexnet(files["chexnet"])
     except RuntimeError as error:
         raise WorkflowError(str(error)) from None
     every = (study.run(name, 0) for study in STUDIES.values() for name in study.runs)
@@ -250,6 +259,7 @@ rule attribution:
 
 rule chexnet:
     input:
+        chexnet_files,
         data=f"{OUT}/tables/films.csv",
         notebook="notebooks/06_attribution.ipynb",
         study="params/studies/{study}.yaml",
@@ -301,6 +311,7 @@ def files_of_runs(*names):
 rule intention:
     input:
         files_of_runs("model.safetensors"),
+        chexnet_files,
         notebook="notebooks/08_intention.ipynb",
         study="params/studies/{study}.yaml",
         modules=LENSES,

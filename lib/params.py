@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("multilabel", "binary", "pneumonia", "digits")
 BACKBONES = ("tdensenet", "resnet50")
 RELEASES = ("phantom", "nih", "phantom_rsna", "rsna", "digits")
-CAM_METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer", "score", "smooth_gradpp", "ss", "is")
+CAM_METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer")
 # The paper's runs. A loss or backbone of your own gets a file in params/runs and a place in the `runs` of a study.
 GRID = tuple(f"{task}-{backbone}-{loss}" for task, backbone, loss in itertools.product(TASKS[:2], BACKBONES, ("bce", "wbce", "focal", "cb_focal")))
 
@@ -84,7 +84,7 @@ class Study(BaseModel):
     n_replicates: int = Field(300, ge=0, description="bootstrap replicates over patients; 0: no intervals")
     annotated: Literal["test", "all"] = Field("test", description="which films with boxes are analysed")
     cam_method: Literal[CAM_METHODS] = Field("cam", description=", ".join(CAM_METHODS))
-    cam_layer: str = Field("", description="module whose maps CAM reads; empty: the backbone's own")
+    cam_layer: str = Field("", description="module whose maps CAM reads (03, 05, 06: the one that the head pools); empty: the backbone's own")
     token_grid: list[Annotated[int, Field(ge=1)]] = Field([], max_length=2, description="rows and columns of a transformer's tokens in cam_layer")
     dissection_layer: str = Field("", description="module whose maps are dissected; empty: the backbone's own")
     dissection_quantile: float = Field(0.0, ge=0, lt=1, description="q of P(A >= tau) = q; 0: the backbone's own")
@@ -95,7 +95,8 @@ class Study(BaseModel):
 
     # attribution (Nam & Lee)
     chexnet: str = Field("", description="CheXNet checkpoint that 06 explains instead of the run; empty: the run")
-    chexnet_train_list: str = Field("", description="list of the films that checkpoint was trained on, to report the rest apart")
+    chexnet_train_list: str = Field("", description="list of the films that checkpoint was trained on, to report the others apart")
+    chexnet_val_list: str = Field("", description="list of the films that checkpoint was chosen on")
     relevance_init: Literal["one", "logit"] = Field("one", description="relevance starts from 1, or from the logit")
     relevance_batchnorm: Literal["identity", "merge"] = Field("identity", description="BatchNorm passes relevance on, or joins its convolution")
     rap_negative: Literal["paper", "authors_conv"] = Field("paper", description="negative relevance in RAP: equation 5, or the authors' code")
@@ -200,6 +201,12 @@ class Study(BaseModel):
         return (ROOT / self.data_root).resolve() if self.data_root else self.folder / "release"
 
     @property
+    def chexnet_files(self) -> dict[str, Path]:
+        """The files named by `chexnet`, `chexnet_train_list` and `chexnet_val_list`, by these names; those that are empty are not among them."""
+        named = {key: getattr(self, key) for key in ("chexnet", "chexnet_train_list", "chexnet_val_list")}
+        return {key: (ROOT / path).resolve() for key, path in named.items() if path}
+
+    @property
     def store_size(self) -> int:
         """Side of the stored films: a margin of 1/7 over image_size for the random crop (256 for 224)."""
         return round(self.image_size * 8 / 7)
@@ -270,13 +277,15 @@ class Run(Study):
     @property
     def selected_class(self) -> str:
         """The class whose maps 07 shows."""
-        return self.feature_class or self.phantom_marker or {"binary": "Unhealthy", "digits": "7"}.get(self.task, "Pneumonia")
+        marked = self.phantom_marker if self.task == "multilabel" else ""
+        return self.feature_class or marked or {"binary": "Unhealthy", "digits": "7"}.get(self.task, "Pneumonia")
 
     @property
     def siblings(self) -> list["Run"]:
-        """The study's runs of this one's task, backbone and seed, this one among them: they differ in the loss alone."""
+        """The study's runs of this one's task, backbone and seed, and this one: they differ in the loss alone."""
         stem = self.name.rpartition("-")[0]
-        return [self.run(name, self.seed) for name in self.runs if name.rpartition("-")[0] == stem]
+        names = [name for name in dict.fromkeys([*self.runs, self.name]) if name.rpartition("-")[0] == stem]
+        return [self if name == self.name else self.run(name, self.seed) for name in names]
 
     @property
     def attribution_folder(self) -> Path:

@@ -42,6 +42,8 @@ from lib.params import ROOT, Run
 IDENTITY = ("task", "backbone", "loss", "seed", "no_finding_output", "image_size", "validation_fraction", "epochs", "batch_size",
             "learning_rate", "weight_decay", "warmup_steps", "final_learning_rate", "gradient_clip", "jitter", "flip", "augmentation", "precision", "gpus",
             "alpha", "gamma", "beta", "wbce_scheme", "wbce_counts", "cb_scale", "loss_factor")
+# What must stand besides when a trained run is analysed: on which films, and from where, it was trained.
+SOURCE = ("release", "init", "phantom_films", "phantom_size", "phantom_seed", "phantom_floor", "phantom_marker")
 RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
 
 
@@ -164,6 +166,7 @@ def _fit(run, model, init, device, rank, world):
     history = finished_history(run, identity)
     if history is not None:
         _say(rank, f"{run.name} seed {run.seed}: already trained, {len(history)} epochs")
+        _say_of_code(records.read_json(run.run_folder / "run.json").get("code", code), code, run, run.run_folder, rank)
         return history
     _check_validation(targets[rows["val"]], classes)
 
@@ -181,13 +184,10 @@ def _fit(run, model, init, device, rank, world):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history, best = state["history"], state["best"]
-        now = record
         # What trained the epochs so far stays on record: commit, versions, host, device.
         record = {**state["record"], "resumed": [*state["record"].get("resumed", []), {**environment(), "at": started.isoformat(timespec="seconds")}]}
         _say(rank, f"{run.name} seed {run.seed}: carries on after epoch {state['epoch']} of {run.epochs}")
-        if record["code"] != now["code"]:
-            _say(rank, f"{run.name} seed {run.seed}: these epochs were trained by another version of the training code; they are kept. "
-                       f"To train anew, delete {run.run_folder / 'state'}")
+        _say_of_code(record["code"], code, run, run.run_folder / "state", rank)
     if rank == 0:
         records.write_json(record, run.run_folder / "run.json")
     replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
@@ -388,7 +388,8 @@ def _require_trained(run):
     if not path.is_file() or not run.weights_path.is_file():
         raise TrainingError(f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. Run 01_train with these parameters first")
     record = records.read_json(path)
-    changed = _changed({key: record["parameters"].get(key) for key in IDENTITY}, {key: getattr(run, key) for key in IDENTITY})
+    keys = IDENTITY + SOURCE
+    changed = _changed({key: record["parameters"].get(key) for key in keys}, {key: getattr(run, key) for key in keys})
     if record["status"] != "finished" or changed:
         raise TrainingError(f"{path}: " + (f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}")
                             + ". Run 01_train with these parameters first")
@@ -409,6 +410,12 @@ def environment():
     packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pandas", "opencv-python-headless", "numba")
     return {"commit": git.stdout.strip() or "unknown", "host": platform.node(), "python": platform.python_version(),
             "versions": {name: version(name) for name in packages}, "cuda": torch.version.cuda if torch.cuda.is_available() else None}
+
+
+def _say_of_code(old, new, run, folder, rank):
+    if old != new:
+        changed = ", ".join(sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)))
+        _say(rank, f"{run.name} seed {run.seed}: trained by another version of the training code ({changed}), and kept. To train anew, delete {folder}")
 
 
 def _say(rank, text):

@@ -107,6 +107,20 @@ def test_an_unknown_layer_names_those_beside_it(name, known):
         list(stream(model(), batches(images(), 4), [name]))
 
 
+def test_a_layer_without_maps_is_named():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.idle, self.head = nn.LSTM(3, 3, batch_first=True), nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.pair(x.flatten(2).transpose(1, 2))[0].mean(1))
+
+    for name, message in (("pair", "layer pair gives a tuple, not a tensor of maps"), ("idle", "layer idle did not run in the forward pass")):
+        with pytest.raises(ValueError, match=message):
+            list(stream(Pair(), batches(images(), 4), [name]))
+
+
 def test_no_hook_is_left_behind():
     network = model()
     with pytest.raises(ValueError, match="no module"), recorded(network, ["block", "nothing"]):

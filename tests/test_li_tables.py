@@ -131,8 +131,8 @@ def test_all_ten_methods_stand_in_the_order_of_the_paper_and_then_ours():
     assert rows[-1] == ["paper", "—", "—", "—"]
     assert r"\textbf{SS-CAM (8 films)}, Pearson & \textbf{0.900} & \textbf{0.600}" in li.to_latex(table, interval=INTERVAL)
     said = li.caption(table, INTERVAL)
-    assert "Over 8 to 512 films." in said and "Not in the paper: CAM, Layer, Smooth Grad++, Score-CAM, SS-CAM, IS-CAM." in said
-    assert "Not in the paper" not in li.caption(li.table1(paper_consistency(), **COMMON), INTERVAL)
+    assert "Over 8 to 512 films." in said and "Without numbers in the paper: CAM, Layer, Smooth Grad++, Score-CAM, SS-CAM, IS-CAM." in said
+    assert "Without numbers" not in li.caption(li.table1(paper_consistency(), **COMMON), INTERVAL)
 
 
 def test_rows_of_fewer_films_are_not_counted_and_that_is_said():

@@ -355,15 +355,17 @@ def test_lists(tmp_path):
 
 def test_a_list_of_names_with_labels_behind_them(tmp_path):
     path = tmp_path / "train_list.txt"
-    path.write_bytes("\ufeff00000001_000.png 0 1 0\r\n\r\n 00000002_001.png\t1\r\na-b.dcm,1,0\r\n00000001_000.png\r\n".encode())
-    assert read_names(str(path)) == ["00000001_000.png", "00000002_001.png", "a-b.dcm", "00000001_000.png"]
+    path.write_bytes("\ufeff00000001_000.png 0 1 0\r\n\r\n images/00000002_001.png\t1\r\na-b.dcm,1,0\r\n00000001_000.png\r\n".encode())
+    assert read_names(str(path), ["a-b.dcm"]) == {"00000001_000.png", "00000002_001.png", "a-b.dcm"}
+    with pytest.raises(ReleaseError, match="train_list.txt names no film of this release; it begins with '00000001_000.png', the release has 'b.png'"):
+        read_names(path, ["c.png", "b.png"])
     for content, message in ((b"a.png 1\n,1\n", "train_list.txt: row 2 does not begin with a film name"), (b" \n\n", "train_list.txt is empty"),
                              (b"a.png\n\xff\n", "train_list.txt is not a readable csv in utf-8")):
         path.write_bytes(content)
         with pytest.raises(ReleaseError, match=message):
-            read_names(path)
+            read_names(path, ["a.png"])
     with pytest.raises(ReleaseError, match="nowhere.txt is missing"):
-        read_names(tmp_path / "nowhere.txt")
+        read_names(tmp_path / "nowhere.txt", ["a.png"])
 
 
 @pytest.mark.parametrize(

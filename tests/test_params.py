@@ -246,5 +246,21 @@ def test_the_selected_class():
     assert Run.build({}).selected_class == "Pneumonia"
     assert Run.build({"task": "binary"}).selected_class == "Unhealthy"
     assert Run.build({"phantom_marker": "Nodule"}).selected_class == "Nodule"
+    assert Run.build({"phantom_marker": "Nodule", "task": "binary"}).selected_class == "Unhealthy"
     assert Run.build({"phantom_marker": "Nodule", "feature_class": "Mass"}).selected_class == "Mass"
     assert Run.build({"release": "digits", "task": "digits"}).selected_class == "7"
+
+
+def test_siblings_differ_in_the_loss_alone_and_hold_the_run_itself():
+    runs = ["multilabel-tdensenet-bce", "multilabel-resnet50-bce", "multilabel-tdensenet-focal", "binary-tdensenet-bce"]
+    run = Run.build({"runs": runs, "seed": 3})
+    assert [(other.name, other.seed) for other in run.siblings] == [("multilabel-tdensenet-bce", 3), ("multilabel-tdensenet-focal", 3)]
+    assert run.siblings[1] is run
+    own = Run.build({"runs": runs, "backbone": "mobilenetv3_small_100"})  # given on the command line: it has no file in params/runs
+    assert own.siblings == [own]
+
+
+def test_chexnet_files_are_those_named_from_the_projects_root(tmp_path):
+    assert Run.build({}).chexnet_files == {}
+    found = Run.build({"chexnet": "weights/model.pth.tar", "chexnet_train_list": str(tmp_path / "train.txt")}).chexnet_files
+    assert found == {"chexnet": ROOT / "weights" / "model.pth.tar", "chexnet_train_list": tmp_path / "train.txt"}

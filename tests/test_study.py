@@ -142,7 +142,7 @@ def test_records_have_the_promised_columns(study):
     assert set(importance) >= {"class", "feature", "method", "train", "test"} and len(importance) == 15 * 512 * importance["method"].nunique()
     for name in DIGITS:
         consistency = records.read_table(folder.parent / "smoke_digits" / name / "seed0" / "li_table1.csv")
-        assert set(consistency["method"]) == {"grad", "hires", "gradpp", "xgrad", "score", "smooth_gradpp", "ss", "is"}
+        assert set(consistency["method"]) == {"grad", "hires", "gradpp", "xgrad", "cam", "layer", "score", "smooth_gradpp", "ss", "is"}
     shares = records.read_table(folder.parent / "smoke_rsna" / "tables" / "intention.csv")
     assert set(shares) >= {"model", "kind", "method", "region", "value", "area", "gain"}
 
@@ -160,6 +160,7 @@ def test_executed_notebooks_are_whole_and_free_of_errors(study):
     folder, _ = study
     notebooks = [folder / run / "seed0" / f"{lens}.ipynb" for run in RUNS for lens in LENSES]
     notebooks += [folder / RUNS[0] / "seed0" / f"{lens}.ipynb" for lens in ("06_attribution", "07_feature_analysis")]
+    notebooks.append(folder / RUNS[1] / "seed0" / "07_feature_analysis.ipynb")
     notebooks += [folder / "00_data.ipynb", folder / "05_figures.ipynb"]
     notebooks += [folder.parent / "smoke_rsna" / f"{name}.ipynb" for name in ("00_data", "08_intention")]
     digits = folder.parent / "smoke_digits"

@@ -254,6 +254,29 @@ def test_a_finished_run_returns_at_once(new_run, uninterrupted, monkeypatch, cap
     assert differences(uninterrupted, run.run_folder) == []
 
 
+def test_a_finished_run_says_that_the_code_has_changed_since(new_run, uninterrupted, capsys):
+    run = new_run()
+    shutil.copytree(uninterrupted, run.run_folder)
+    path = run.run_folder / "run.json"
+    record = records.read_json(path)
+    records.write_json(record | {"code": record["code"] | {"losses.py": "another"}}, path)
+    training.fit(run)
+    said = capsys.readouterr().out
+    assert "another version of the training code (losses.py)" in said and f"delete {run.run_folder}" in said
+
+
+def test_what_is_analysed_must_be_what_was_trained(new_run, uninterrupted):
+    run = new_run()
+    shutil.copytree(uninterrupted, run.run_folder)
+    model, _ = training.load_trained(run)
+    assert not model.training and training.is_trained(run)
+    for key, value in {"phantom_seed": 5, "release": "phantom", "init": "imagenet", "gamma": 3.0}.items():
+        other = run.model_copy(update={key: value})
+        with pytest.raises(training.TrainingError, match=f"trained with other parameters \\({key}: .* -> {value}\\)"):
+            training.load_trained(other)
+        assert not training.is_trained(other)
+
+
 def test_two_processes_on_one_run_take_turns(new_run, uninterrupted, tmp_path):
     run = new_run()
     logs = [tmp_path / "first", tmp_path / "second"]

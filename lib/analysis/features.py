@@ -1,7 +1,7 @@
 """The lens of the integrated feature analysis (Li et al.): streams films through the CAM family, the common scale and the importance matrix.
 
 Where the head pools the layer and is linear, all classes and gradient methods cost one forward pass; any other layer goes by
-`model_cams.model_cams`, with one backward pass a class.
+`model_cams.model_cams`, with one backward pass for each class and choice of features.
 """
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from lib.analysis.statistics import patient_replicates
 
 ALL = {"all": None}
 GRADIENT = ("grad", "hires", "gradpp", "xgrad")  # the four that the paper has numbers for
+CLOSED = (*GRADIENT, "cam", "layer")  # those that need no further forward pass
 _NO_FILMS = "there are no films: the split, or what was chosen from it, is empty"
 _BLOCK = 2**20  # weights of replicates at a time, float64 (8 MiB)
 

@@ -39,11 +39,16 @@ def recorded(model, layers):
             known = [other for other in modules if other and other.rpartition(".")[0] == parent] or list(dict(model.named_children()))
             raise ValueError(f"the model has no module {name!r}; there are {', '.join(known)}")
     maps, handles = {}, []
+
+    def record(name, output):
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(f"layer {name} gives a {type(output).__name__}, not a tensor of maps: name a module inside or after it")
+        # A clone: a ReLU that follows may work in place and would rewrite the maps after the hook has seen them.
+        maps[name] = output.detach().clone()
+
     try:
         for name in set(layers):
-            handles.append(modules[name].register_forward_hook(
-                # A clone: a ReLU that follows may work in place and would rewrite the maps after the hook has seen them.
-                lambda module, inputs, output, name=name: maps.__setitem__(name, output.detach().clone())))
+            handles.append(modules[name].register_forward_hook(lambda module, inputs, output, name=name: record(name, output)))
         yield maps
     finally:
         for handle in handles:
@@ -75,6 +80,9 @@ def stream(model, batches, layers=(), token_grid=()):
             # Left before the yield: both would hold for the caller's code between batches too. TF32, cuDNN's default, keeps 10 bits.
             with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 logits = model(batch.images).float()
+                unseen = [name for name in layers if name not in maps]
+                if unseen:
+                    raise ValueError(f"layer {unseen[0]} did not run in the forward pass, so it has no maps: name another module")
                 output = Output(batch.rows, logits, {name: as_maps(maps[name], name, token_grid).float() for name in layers})
             yield output
 

@@ -5,6 +5,7 @@ import fnmatch
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas as pd
@@ -195,14 +196,20 @@ def read_list(path: Path, problems: list) -> list[str]:
     return list(counts)
 
 
-def read_names(path: str | Path) -> list[str]:
-    """Names of films in a list of another's making, one a line, of any suffix; what follows a name on its line (labels, say) is left out."""
+def read_names(path: str | Path, known: Collection[str]) -> set[str]:
+    """The films of a list of another's making, one a line: folders before a name, and what follows it on its line (labels, say), are left out.
+
+    ReleaseError where no name is among `known`: such a list would silently say nothing about any film.
+    """
     path = Path(path)
     lines = read_lines(path)
     require([f"row {number} does not begin with a film name" for number, cells in lines if not cells[0]], path, "One film name a line.")
     if not lines:
         raise ReleaseError(f"{path} is empty; it must name one film a line")
-    return [cells[0].split()[0] for _, cells in lines]
+    names = {cells[0].split()[0].rsplit("/", 1)[-1] for _, cells in lines}
+    if names.isdisjoint(known):
+        raise ReleaseError(f"{path} names no film of this release; it begins with {lines[0][1][0].split()[0]!r}, the release has {min(known)!r}")
+    return names
 
 
 # ---- BBox_List

@@ -147,7 +147,7 @@ def scaled_cams(films: np.ndarray, maps: Mapping[str, np.ndarray], titles: Seque
                 ax.text(0.5, 0.5, "no map", transform=ax.transAxes, ha="center", color="white", path_effects=DARK_RIM)
     for ax, name in zip(axes[0], names) if len(films) else ():
         ax.set_title(name, fontsize=7, weight="bold", pad=3)
-    bars = [(HEAT, 0, "individual scale of each map", set(maps) - set(common)), (SIGNED, -1, "common scale, P10 at 0.1, P90 at 0.9", common)]
+    bars = [(HEAT, 0, "individual scale of each map", set(maps) - set(common)), (SIGNED, -1, "common scale of all films", common)]
     for k, (cmap, low, text, _) in enumerate(bar for bar in bars if bar[3]):
         place = figure.add_axes(((label + 0.15 + k * (width - label) / 2) / width, 0.5 / height, 1.4 / width, 0.07 / height))
         place.set_in_layout(False)

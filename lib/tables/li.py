@@ -17,15 +17,15 @@ from lib.tables.names import METRICS, MISSING, class_name, ordered
 
 CAMS = {"grad": "Grad", "hires": "Pixel-wise Grad", "gradpp": "Grad++", "xgrad": "XGrad", "cam": "CAM", "layer": "Layer",
         "smooth_gradpp": "Smooth Grad++", "score": "Score-CAM", "ss": "SS-CAM", "is": "IS-CAM"}
-SCALES = {"individual": "Individual scale", "common_raw": "Common scale, raw sum", "common_tanh": "Common scale, tanh"}
+SCALES = {"individual": "Individual scale", "common_raw": "Common scale, raw sum", "common_tanh": "Common scale, scaled values"}
 FEATURES = {"all": "All", "principal": "Principal", "non_principal": "Non-principal"}
 _PRINTED = {"grad": "grad_cam", "hires": "pixelwise_grad_cam", "gradpp": "grad_cam_pp", "xgrad": "xgrad_cam"}
 _COEFFICIENTS = {"pearson": "Pearson", "spearman": "Spearman"}
 _CHANGES = {"average_increase": "Average increase (%)", "average_drop": "Average drop (%)"}
 _CORRELATION = ("Bold: the coefficient of the paper's rule, Pearson where Henze and Zirkler's test does not reject a bivariate normal distribution "
                 "at 0.05, else Spearman.")
-_RAW = ("Raw sum: of the signed maps before the tanh, as the authors' code computes it, so the paper's S- value stands there; tanh: of the scaled "
-        "values, as the paper words it.")
+_RAW = ("Raw sum: of the signed maps before the tanh, as the authors' code computes it, so the paper's S- value stands there; scaled values: "
+        "after it, as the paper words it.")
 _TABLES = {
     1: {"file": "li_table1_consistency.csv", "label": "consistency", "decimals": 3, "roman": "I",
         "title": "Consistency: correlation over films of the sum of class activations with the logit of the selected class",
@@ -223,7 +223,7 @@ def caption(table: pd.DataFrame, interval: str) -> str:
     parts.append(f"Paper: {row}{what}; other films and another classifier than ours." if has_row else f"{row}: not transcribed here.")
     if _number(table) == 1:
         own = [CAMS.get(method, method) for method in table["method"].unique() if method not in _PRINTED]
-        parts += [f"Not in the paper: {', '.join(own)}."] if own else []
+        parts += [f"Without numbers in the paper: {', '.join(own)}."] if own else []
     if table[["value", "paper"]].isna().any(axis=None):
         parts.append(f"{MISSING}: none.")
     return " ".join(parts)
@@ -320,7 +320,7 @@ def _scale_sentences(table: pd.DataFrame) -> list[str]:
         left_out = "; ".join(f"{_label(*key)} ({films})" for key, films in few.items())
         out.append(f"The counts leave out what was measured on fewer than {range_text(table.loc[~fewer, 'n'], 'film', 'films')}: {left_out}.")
         table = table.assign(**{name: table[name].where(~fewer) for name in (*_COEFFICIENTS, "value")})
-    for scale, name in (("common_raw", "raw sums"), ("common_tanh", "sums of tanh values")):
+    for scale, name in (("common_raw", "raw sums"), ("common_tanh", "sums of scaled values")):
         rises = _rises(table, "scale", "individual", scale)
         said = f"against individual ones: the correlation with the logit rises for {', '.join(rises)}" if rises else \
             "cannot be compared: no method has both scales"
@@ -365,7 +365,7 @@ def _mask_sentences(table: pd.DataFrame) -> list[str]:
 
 def _selection_sentences(table: pd.DataFrame) -> list[str]:
     out = []
-    for scale, name in (("common_raw", "Raw sums"), ("common_tanh", "Sums of tanh values")):
+    for scale, name in (("common_raw", "Raw sums"), ("common_tanh", "Sums of scaled values")):
         rises = _rises(table[table["scale"] == scale], "features", "all", "principal")
         if rises:
             out.append(f"{name}: with the principal features only the correlation with the logit rises for {', '.join(rises)}.")

@@ -162,7 +162,8 @@ def verdicts(differences: pd.DataFrame, means: pd.DataFrame | None = None) -> pd
     printed = read_published(2).pivot(index=["threshold", "class"], columns="method", values="mean_iou")
     rows = []
     for (reading, method), cells in differences.groupby(["reading", "method"], sort=False):
-        paper = printed[method] - printed["cam"] if method in printed else printed["cam"].iloc[:0]
+        told = reading == "mean_iou" and method in printed  # its numbers fit that reading only
+        paper = printed[method] - printed["cam"] if told else printed["cam"].iloc[:0]
         rows.append({"against": "CAM", "reading": reading, "method": method, **_counts(cells["difference"], cells["ci_low"], cells["ci_high"]),
                      "paper_cells": len(paper), "paper_higher": int((paper > 0).sum())})
     if means is not None:
@@ -183,7 +184,8 @@ def intention_sentences(means: pd.DataFrame, gaps: pd.DataFrame | None = None) -
 
     `means` : of `attribution.share_means` by model, kind, method and region ('boxes', 'lungs', 'outside' or any other): value, ci_low,
     ci_high, area, gain, gain_low, gain_high, n. `gaps` : of `attribution.box_gaps` by model, method and kind. For films with boxes the text says
-    whether the model looks where the lesions are: denser there than area gives and, where lungs are known, denser than in the lungs.
+    whether the model looks where the lesions are: denser there than area gives and, where lungs are known, denser than in the lungs; for films
+    of the kind 'normal', whether it looks at lungs.
     """
     out = []
     for (model, method, kind), rows in means.groupby(["model", "method", "kind"], sort=False):
@@ -195,6 +197,10 @@ def intention_sentences(means: pd.DataFrame, gaps: pd.DataFrame | None = None) -
             "no positive relevance, or no region but the whole film to look at."
         for row in known[known["region"] == "boxes"].itertuples():
             text += _verdict(_against_area(row), gaps, model, method, kind)
+        for row in known[known["region"] == "lungs"].itertuples() if kind == "normal" else ():
+            text += {"more than area gives": " So the model judges normal films by their lungs, as the paper reads its pictures.",
+                     "less than area gives": " So the model judges normal films by something else than their lungs, not as the paper reads its pictures.",
+                     }.get(_against_area(row), " So it is not shown that the model judges normal films by their lungs.")
         out.append(text)
     return out
 
@@ -234,6 +240,8 @@ def _counts(difference: pd.Series, low: pd.Series, high: pd.Series) -> dict[str,
 
 
 def _against_area(row) -> str:
+    if row.n < 10:
+        return "on too few films to tell it from what area gives"
     if not (np.isfinite(row.gain_low) and np.isfinite(row.gain_high)):
         return "with no interval to tell it from what area gives"
     return "more than area gives" if row.gain_low > 0 else "less than area gives" if row.gain_high < 0 else "not told apart from what area gives"
