@@ -4,7 +4,8 @@ Ours is with its conservation check. A forward pass is the model's own, without 
 is not measured: 13 forward passes are zennit's LRP of one film, 9 are the goal for RAP, whose authors' code takes 27.
 """
 import multiprocessing
-import resource
+import re
+from pathlib import Path
 
 import torch
 import torchvision
@@ -67,6 +68,11 @@ def forwards(backbone, method, *, n_films=4, repeats=3):
             "ratio": allowed * once / ours}
 
 
+def _high_water():
+    """Largest resident memory of this process so far, KiB (Linux). Not `ru_maxrss`: a spawned process inherits that of its parent."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def _peak(method):
     """Memory in MiB that maps of 4 films take on top of what a forward pass of them has taken; in a process of its own."""
     torch.set_num_threads(1)
@@ -74,9 +80,9 @@ def _peak(method):
     films, classes = batch(4)
     with torch.no_grad():
         model(films)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     zennit_lrp(model, films, classes) if method == "zennit" else heatmaps(model, films, classes, method)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_high_water() - before) / 1024
 
 
 def memory():

@@ -279,6 +279,11 @@ def test_sentences_of_the_papers_own_numbers():
 def test_sentences_follow_the_numbers():
     worse = li.sentences(li.table2(masked_frame(auroc=[0.8, 0.6, 0.6]), **CHOSEN))
     assert "at least as well as the principal ones, unlike in the paper" in worse[0] and "as in the paper" in worse[1]
+    frame = masked_frame(auroc=[0.8, 0.71, 0.7])
+    near = frame.assign(auroc_ci_low=frame["auroc"] - 0.02, auroc_ci_high=frame["auroc"] + 0.02)
+    assert "the intervals overlap, so the two are not told apart" in li.sentences(li.table2(near, **CHOSEN))[0]
+    apart = frame.assign(auroc_ci_low=frame["auroc"] - 0.004, auroc_ci_high=frame["auroc"] + 0.004)
+    assert "the principal features do better" in li.sentences(li.table2(apart, **CHOSEN))[0]
     assert "is the logit up to constants" not in " ".join(li.sentences(all_tables()[0]))
     exact = paper_consistency()
     exact.loc[(exact["method"] == "hires") & (exact["scale"] == "common_raw"), "pearson"] = 1.0

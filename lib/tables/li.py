@@ -349,8 +349,11 @@ def _mask_sentences(table: pd.DataFrame) -> list[str]:
         if not np.isfinite(value.to_numpy(float)).all():
             continue
         where = f"{class_name(name)}: " if name else ""
+        low, high = rows["ci_low"], rows["ci_high"]
         verdict = ("the principal features do better than all others together, as in the paper" if value["principal"] > value["non_principal"]
                    else "the other features do at least as well as the principal ones, unlike in the paper")
+        if low["principal"] <= high["non_principal"] and low["non_principal"] <= high["principal"]:  # never for NaN
+            verdict = "the intervals overlap, so the two are not told apart"
         title = METRICS.get(metric, metric)
         out.append(f"{where}With {count['principal']:.0f} principal features of {count['all']:.0f} the {title} is {value['principal']:.3f}, with all "
                    f"{value['all']:.3f}, with the other {count['non_principal']:.0f} {value['non_principal']:.3f}: {verdict}.")
