@@ -188,15 +188,8 @@ def metric_intervals(
 
     Parameters
     ----------
-    logits : array_like of float, (N, M)
-        Before the sigmoid; finite.
-    targets : array_like, (N, M)
-        0 or 1.
-    classes : sequence of str, (M,)
-    patients : array_like, (N,)
-        Patient of each film.
-    n_replicates, seed : int
-        As in `statistics.patient_replicates`.
+    logits, targets, classes, patients, n_replicates, seed
+        As in `classification_metrics`.
 
     Returns
     -------
