@@ -32,27 +32,37 @@ def recorded(model, layers):
     ValueError
         A name that is no module of the model; the modules one level up are listed.
     """
-    modules = dict(model.named_modules())
-    for name in layers:
-        if name not in modules:
-            parent = name.rpartition(".")[0]
-            known = [other for other in modules if other and other.rpartition(".")[0] == parent] or list(dict(model.named_children()))
-            raise ValueError(f"the model has no module {name!r}; there are {', '.join(known)}")
+    modules = {name: named_module(model, name) for name in layers}
     maps, handles = {}, []
 
     def record(name, output):
-        if not isinstance(output, torch.Tensor):
-            raise ValueError(f"layer {name} gives a {type(output).__name__}, not a tensor of maps: name a module inside or after it")
+        check_is_tensor(output, name)
         # A clone: a ReLU that follows may work in place and would rewrite the maps after the hook has seen them.
         maps[name] = output.detach().clone()
 
     try:
-        for name in set(layers):
-            handles.append(modules[name].register_forward_hook(lambda module, inputs, output, name=name: record(name, output)))
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(lambda module, inputs, output, name=name: record(name, output)))
         yield maps
     finally:
         for handle in handles:
             handle.remove()
+
+
+def named_module(model, name):
+    """The module `name` of the model. ValueError where there is none, with the modules one level up."""
+    modules = dict(model.named_modules())
+    if name not in modules:
+        parent = name.rpartition(".")[0]
+        known = [other for other in modules if other and other.rpartition(".")[0] == parent] or list(dict(model.named_children()))
+        raise ValueError(f"the model has no module {name!r}; there are {', '.join(known)}")
+    return modules[name]
+
+
+def check_is_tensor(output, layer):
+    """ValueError where a layer gives something else than one tensor, such as the tuple of an attention layer."""
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"layer {layer} gives a {type(output).__name__}, not a tensor of maps: name a module inside or after it")
 
 
 def stream(model, batches, layers=(), token_grid=()):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lib.analysis.cam import feature_mask, gradpp_terms, normalise, resize
-from lib.analysis.inference import as_maps
+from lib.analysis.inference import as_maps, check_is_tensor, named_module
 
 GRADIENT_METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer", "smooth_gradpp")
 PERTURBATION_METHODS = ("score", "ss", "is")
@@ -138,20 +138,14 @@ def passes_per_film(method: str, n_features: int, n_classes: int, samples: int |
 
 def _forward(model, films, layer):
     """Logits, and the output of `layer`: with gradients enabled a leaf on which the logits depend."""
-    modules = dict(model.named_modules())
-    if layer not in modules:
-        parent = layer.rpartition(".")[0]
-        known = [name for name in modules if name and name.rpartition(".")[0] == parent] or [name for name, _ in model.named_children()]
-        raise ValueError(f"the model has no module {layer!r}; there are {', '.join(known)}")
-    seen = []
+    module, seen = named_module(model, layer), []
 
     def hook(module, inputs, output):
-        if not isinstance(output, Tensor):
-            raise ValueError(f"layer {layer} gives a {type(output).__name__}, not a tensor of maps: name a module inside or after it")
+        check_is_tensor(output, layer)
         seen.append(output.detach().clone().requires_grad_(torch.is_grad_enabled()))
         return seen[-1].clone()                                 # a ReLU that follows may work in place
 
-    handle = modules[layer].register_forward_hook(hook)
+    handle = module.register_forward_hook(hook)
     try:
         logits = model(films)
     finally:
