@@ -22,8 +22,8 @@ def choose_device(name="auto", local_rank=None):
     Parameters
     ----------
     name : str
-        'auto' (a GPU where there is one, else the CPU), 'cpu', 'mps', 'cuda' or, for a certain GPU, 'cuda:1'. Of several GPUs, 'auto'
-        and 'cuda' take the one that the fewest other processes hold: see `hold_gpus`.
+        'auto' (a GPU where there is one, else the CPU), 'cpu', 'mps', 'cuda' or, for a certain GPU, 'cuda:1'. Of
+        several GPUs, 'auto' and 'cuda' take the one that the fewest other processes hold: see `hold_gpus`.
     local_rank : int, optional
         Of a process that torchrun started: it takes the GPU of this number.
 
@@ -41,8 +41,11 @@ def choose_device(name="auto", local_rank=None):
     device = torch.device(name)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
-            raise DeviceError(f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs: set device to auto, cuda, or "
-                              "one of these, and gpus to at most their number")
+            raise DeviceError(
+                f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs: set device to "
+                "auto, cuda, or "
+                "one of these, and gpus to at most their number"
+            )
         torch.cuda.set_device(device)
     return device
 
@@ -51,7 +54,8 @@ def choose_device(name="auto", local_rank=None):
 def hold_gpus(n):
     """Take the `n` GPUs that the fewest processes of this user hold, and hold them until this process ends.
 
-    A GPU has a lock for its first holder, one for its second, and so on: processes spread evenly, and share only where all are taken.
+    A GPU has a lock for its first holder, one for its second, and so on: processes spread evenly, and share only where
+    all are taken.
 
     Returns
     -------
@@ -88,7 +92,11 @@ def device_name(device):
     """What the device is, for the record."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    return (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else str(device)
+    )
 
 
 def uses_bfloat16(precision, device):

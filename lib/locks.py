@@ -1,4 +1,5 @@
-"""Locks among processes. The kernel keeps them, so a lock goes with its holder however that ends, and none is ever stale."""
+"""Locks among processes. The kernel keeps them, so a lock goes with its holder however that ends, and none is ever
+stale."""
 
 import fcntl
 import os
@@ -44,8 +45,11 @@ def exclusive(path: str | Path, waiting: str) -> Iterator[None]:
     file = try_lock(path)
     if file is None:
         if getattr(current_process(), "_inheriting", False):
-            # multiprocessing runs a script again in each worker, which would now wait for the process that waits for it.
-            raise RuntimeError("this script starts processes that run it again: put its calls below `if __name__ == '__main__':`")
+            # multiprocessing runs a script again in each worker, which would now wait for the process that waits for
+            # it.
+            raise RuntimeError(
+                "this script starts processes that run it again: put its calls below `if __name__ == '__main__':`"
+            )
         print(waiting, flush=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(file, fcntl.LOCK_EX)

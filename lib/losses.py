@@ -2,7 +2,8 @@
 
     l = -[ w+ y log p + w- (1 - y) log(1 - p) ],    p = sigmoid(z)
 
-w+ = positive * (1 - p)^gamma and w- = negative * p^gamma, so a loss is three numbers per class: the constants `positive` and
+w+ = positive * (1 - p)^gamma and w- = negative * p^gamma, so a loss is three numbers per class: the constants
+`positive` and
 `negative`, and the focusing exponent `gamma` (0 for the two losses without focusing).
 
 To add a loss of this form, add one branch to `loss_weights` and its name to `LOSSES`.
@@ -21,11 +22,11 @@ SCALES = ("none", "global", "pair")
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What eq. 2 makes of the class counts: `positive` and `negative`, float64 of shape (M,), the exponent `gamma`, and the
-    constant `scale` by which the printed weights were multiplied (1 unless one constant rescales all classes).
+    """What eq. 2 makes of the class counts: `positive` and `negative`, float64 of shape (M,), the exponent `gamma`, and
+    the constant `scale` by which the printed weights were multiplied (1 unless one constant rescales all classes).
 
-    With `batch_scheme`, a WBCE scheme, `imbalance_loss` counts each batch anew; `positive` and `negative` then serve the classes
-    that have one label only in the batch.
+    With `batch_scheme`, a WBCE scheme, `imbalance_loss` counts each batch anew; `positive` and `negative` then serve
+    the classes that have one label only in the batch.
     """
 
     positive: np.ndarray
@@ -35,7 +36,9 @@ class LossWeights:
     batch_scheme: str | None = None
 
 
-def loss_weights(loss, n_positive, n_negative, *, alpha=0.25, gamma=2.0, beta=0.9999, scheme="paper", scale="global", counts="train"):
+def loss_weights(
+    loss, n_positive, n_negative, *, alpha=0.25, gamma=2.0, beta=0.9999, scheme="paper", scale="global", counts="train"
+):
     """Constants of a loss from the training set's class counts (Khakzar et al., eq. 2).
 
     Parameters
@@ -46,15 +49,17 @@ def loss_weights(loss, n_positive, n_negative, *, alpha=0.25, gamma=2.0, beta=0.
     alpha, gamma, beta : float
         Focal balance in [0, 1], focusing exponent >= 0, effective-number base in [0, 1).
     scheme : {'paper', 'pos_weight'}
-        WBCE only. 'paper' is w+ = N-/N, w- = N+/N; 'pos_weight' is w+ = N-/N+, w- = 1, the same ratio at another magnitude.
+        WBCE only. 'paper' is w+ = N-/N, w- = N+/N; 'pos_weight' is w+ = N-/N+, w- = 1, the same ratio at another
+        magnitude.
     scale : {'global', 'none', 'pair'}
-        CB-Focal only. Its printed weights are of order 1e-4, where Adam's L2 decay of 1e-6 rivals the gradient. 'global' multiplies
-        them by ONE constant that makes the mean over classes of (w+ + w-)/2 equal 1; 'none' leaves them; 'pair' makes each class's
-        two weights sum to 1, which changes the balance BETWEEN classes.
+        CB-Focal only. Its printed weights are of order 1e-4, where Adam's L2 decay of 1e-6 rivals the gradient.
+        'global' multiplies them by ONE constant that makes the mean over classes of (w+ + w-)/2 equal 1; 'none' leaves
+        them; 'pair' makes each class's two weights sum to 1, which changes the balance BETWEEN classes.
     counts : {'train', 'batch'}
-        WBCE only. 'batch': N+ and N- are those of the targets that the loss is called with, as in the authors' code, so a film's weight
-        depends on the films beside it (and, with several processes, on how many there are). A class with one label only in the batch
-        takes the smallest N-/N+ of the training set's classes that have both labels (1 where no class has).
+        WBCE only. 'batch': N+ and N- are those of the targets that the loss is called with, as in the authors' code, so
+        a film's weight depends on the films beside it (and, with several processes, on how many there are). A class
+        with one label only in the batch takes the smallest N-/N+ of the training set's classes that have both labels (1
+        where no class has).
 
     Returns
     -------
@@ -68,12 +73,22 @@ def loss_weights(loss, n_positive, n_negative, *, alpha=0.25, gamma=2.0, beta=0.
     Warns
     -----
     UserWarning
-        A class with one label only. CB-Focal: the weight of the absent side is set to 0 (it would be 0/0, and never applies in
-        training). WBCE with the training set's counts: the side that is there has weight 0 by the formula, so the class is not learned.
+        A class with one label only. CB-Focal: the weight of the absent side is set to 0 (it would be 0/0, and never
+        applies in training). WBCE with the training set's counts: the side that is there has weight 0 by the formula,
+        so the class is not learned.
     """
-    n_positive, n_negative = np.atleast_1d(np.asarray(n_positive, np.float64)), np.atleast_1d(np.asarray(n_negative, np.float64))
-    if n_positive.shape != n_negative.shape or not ((n_positive >= 0) & (n_negative >= 0) & (n_positive + n_negative > 0)).all():
-        raise ValueError(f"class counts must be two arrays of equal shape, not negative, with a film in each class: {n_positive}, {n_negative}")
+    n_positive, n_negative = (
+        np.atleast_1d(np.asarray(n_positive, np.float64)),
+        np.atleast_1d(np.asarray(n_negative, np.float64)),
+    )
+    if (
+        n_positive.shape != n_negative.shape
+        or not ((n_positive >= 0) & (n_negative >= 0) & (n_positive + n_negative > 0)).all()
+    ):
+        raise ValueError(
+            f"class counts must be two arrays of equal shape, not negative, with a film in each class: {n_positive}, "
+            f"{n_negative}"
+        )
     if not (0 <= alpha <= 1 and gamma >= 0 and 0 <= beta < 1):
         raise ValueError(f"need 0 <= alpha <= 1, gamma >= 0, 0 <= beta < 1: alpha={alpha}, gamma={gamma}, beta={beta}")
     ones = np.ones_like(n_positive)
@@ -94,7 +109,11 @@ def loss_weights(loss, n_positive, n_negative, *, alpha=0.25, gamma=2.0, beta=0.
 
     one_sided = np.flatnonzero((n_positive == 0) | (n_negative == 0)).tolist()
     if one_sided and loss in LOSSES:
-        effect = "the absent label gets weight 0" if loss == "cb_focal" else "WBCE gives the label that is there weight 0: they are not learned"
+        effect = (
+            "the absent label gets weight 0"
+            if loss == "cb_focal"
+            else "WBCE gives the label that is there weight 0: they are not learned"
+        )
         warnings.warn(f"{loss}: outputs {one_sided} have training films of one label only; {effect}", stacklevel=2)
     if loss == "wbce":
         if scheme == "paper":
@@ -124,12 +143,15 @@ def _inverse_effective_number(counts, beta):
 
 
 def _batch_weights(targets, positive, negative, scheme):
-    """WBCE weights from the targets of a batch; for a class that has one label only there, `positive` and `negative`."""
+    """WBCE weights from the targets of a batch; for a class that has one label only there, `positive` and
+    `negative`."""
     n_positive = targets.sum(0).to(positive)
     n_negative = len(targets) - n_positive
     both = (n_positive > 0) & (n_negative > 0)
     if scheme == "paper":
-        return torch.where(both, n_negative / len(targets), positive), torch.where(both, n_positive / len(targets), negative)
+        return torch.where(both, n_negative / len(targets), positive), torch.where(
+            both, n_positive / len(targets), negative
+        )
     return torch.where(both, n_negative / n_positive, positive), negative
 
 
@@ -148,7 +170,8 @@ def imbalance_loss(logits, targets, weights, reduction="mean"):
     Returns
     -------
     Tensor
-        Scalar, or (B, M) for 'none'. Finite for logits up to +-700. The gradient also flows through p inside the focusing factors.
+        Scalar, or (B, M) for 'none'. Finite for logits up to +-700. The gradient also flows through p inside the
+        focusing factors.
     """
     if logits.shape != targets.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape")

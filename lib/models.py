@@ -13,7 +13,8 @@ from torch import nn
 
 
 class Classifier(nn.Module):
-    """`trunk` maps films (B, 3, S, S) to feature maps (B, F, h, w); their spatial mean goes through the linear `head` to M logits.
+    """`trunk` maps films (B, 3, S, S) to feature maps (B, F, h, w); their spatial mean goes through the linear `head`
+    to M logits.
 
     With this head CAM and the gradient methods are closed forms of (feature maps, head.weight).
     """
@@ -29,8 +30,8 @@ class Classifier(nn.Module):
         return self.head(self.pool(self.trunk(films)).flatten(1))
 
 
-# Module read by CAM, module read by dissection, and dissection's q. A DenseNet's last ReLU is a module of its own, so that a hook
-# sees the rectified maps: torchvision's norm5 is a plain BatchNorm whose ReLU lives in forward.
+# Module read by CAM, module read by dissection, and dissection's q. A DenseNet's last ReLU is a module of its own, so
+# that a hook sees the rectified maps: torchvision's norm5 is a plain BatchNorm whose ReLU lives in forward.
 LAYERS = {
     "tdensenet": ("trunk.relu5", "trunk.relu5", 0.01),
     "resnet50": ("trunk.layer4.2", "trunk.layer3.5", 0.04),
@@ -40,8 +41,22 @@ LAYERS = {
     "small_transformer": ("trunk.maps", "trunk.maps", 0.04),
 }
 # The order of the public CheXNet checkpoint's outputs, which is not alphabetical.
-CHEXNET_CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema",
-                   "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
+CHEXNET_CLASSES = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+)
 
 
 def layers(backbone):
@@ -55,14 +70,14 @@ def build_model(backbone, n_outputs, init="scratch", seed=0):
     Parameters
     ----------
     backbone : str
-        'tdensenet' (DenseNet121 cut after its second dense block), 'resnet50', 'densenet121', 'vgg16' (its convolutions; pooling and one
-        linear layer replace the three dense ones, as Zhou et al. do for CAM), 'small_cnn' and 'small_transformer' (for films of 32 px, such
-        as digits), or the timm name of a convolutional model.
+        'tdensenet' (DenseNet121 cut after its second dense block), 'resnet50', 'densenet121', 'vgg16' (its
+        convolutions; pooling and one linear layer replace the three dense ones, as Zhou et al. do for CAM), 'small_cnn'
+        and 'small_transformer' (for films of 32 px, such as digits), or the timm name of a convolutional model.
     n_outputs : int
         Logits M.
     init : str
-        'scratch', 'imagenet', or the path of a weights file: safetensors or a torch file, with the names of torchvision (timm for a
-        timm backbone) or of a run of this project. The head is always new, drawn from `seed`.
+        'scratch', 'imagenet', or the path of a weights file: safetensors or a torch file, with the names of torchvision
+        (timm for a timm backbone) or of a run of this project. The head is always new, drawn from `seed`.
     seed : int
         Of every random weight; the caller's random state is left as it was.
 
@@ -79,7 +94,9 @@ def build_model(backbone, n_outputs, init="scratch", seed=0):
         ImageNet weights that cannot be downloaded, or a file that does not fit; the message says what to do.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reseed GPUs too, which fork_rng([]) does not put back
+        torch.default_generator.manual_seed(
+            seed
+        )  # the CPU's alone: torch.manual_seed would reseed GPUs too, which fork_rng([]) does not put back
         trunk, n_features = _trunk(backbone, pretrained=init == "imagenet")
         model = Classifier(trunk, n_features, n_outputs)
     if init not in ("scratch", "imagenet"):
@@ -91,11 +108,14 @@ def _trunk(backbone, pretrained):
     try:
         if backbone == "resnet50":
             from torchvision.models import ResNet50_Weights, resnet50
-            # Residual branches that start at zero let a net this deep learn from its first steps; pretrained weights overwrite them.
+
+            # Residual branches that start at zero let a net this deep learn from its first steps; pretrained weights
+            # overwrite them.
             network = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2 if pretrained else None, zero_init_residual=True)
             return nn.Sequential(OrderedDict(list(network.named_children())[:-2])), 2048
         if backbone in ("tdensenet", "densenet121"):
             from torchvision.models import DenseNet121_Weights, densenet121
+
             features = densenet121(weights=DenseNet121_Weights.IMAGENET1K_V1 if pretrained else None).features
             stages = OrderedDict(features.named_children())
             if backbone == "tdensenet":
@@ -105,6 +125,7 @@ def _trunk(backbone, pretrained):
             return nn.Sequential(stages), stages["norm5"].num_features
         if backbone == "vgg16":
             from torchvision.models import VGG16_Weights, vgg16
+
             return vgg16(weights=VGG16_Weights.IMAGENET1K_V1 if pretrained else None).features[:30], 512
         if backbone in ("small_cnn", "small_transformer"):
             if pretrained:
@@ -112,20 +133,31 @@ def _trunk(backbone, pretrained):
             return (_small_cnn() if backbone == "small_cnn" else SmallTransformer()), 64
 
         import timm
+
         if not timm.is_model(backbone):
             near = difflib.get_close_matches(backbone, [*LAYERS, *timm.list_models()], n=5)
-            raise ValueError(f"backbone {backbone!r} is neither one of {sorted(LAYERS)} nor a timm model" + (f"; near it: {', '.join(near)}" if near else ""))
+            raise ValueError(
+                f"backbone {backbone!r} is neither one of {sorted(LAYERS)} nor a timm model"
+                + (f"; near it: {', '.join(near)}" if near else "")
+            )
         network = timm.create_model(backbone, pretrained=pretrained, num_classes=0, global_pool="")
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise RuntimeError(
-            f"the ImageNet weights of {backbone} could not be downloaded ({error}). Either download them elsewhere and set init to that "
-            "local file (.pth or .safetensors), or set init: scratch to train from random weights") from error
+            f"the ImageNet weights of {backbone} could not be downloaded ({error}). Either download them elsewhere "
+            "and set init to that "
+            "local file (.pth or .safetensors), or set init: scratch to train from random weights"
+        ) from error
     with torch.no_grad():
         maps = network.eval()(torch.zeros(1, 3, 224, 224))
-    if maps.ndim != 4 or getattr(network, "output_fmt", "NCHW") != "NCHW":  # windowed transformers put the channels last
-        raise ValueError(f"backbone {backbone!r} gives features of shape {tuple(maps.shape)}, not maps (1, F, h, w): choose a convolutional model")
+    if (
+        maps.ndim != 4 or getattr(network, "output_fmt", "NCHW") != "NCHW"
+    ):  # windowed transformers put the channels last
+        raise ValueError(
+            f"backbone {backbone!r} gives features of shape {tuple(maps.shape)}, not maps (1, F, h, w): choose a "
+            "convolutional model"
+        )
     return network.train(), maps.shape[1]
 
 
@@ -137,20 +169,26 @@ def _small_cnn():
 
 
 class SmallTransformer(nn.Module):
-    """Two blocks of self-attention on 8 x 8 patches of a 32 px film; `norm` gives tokens (B, 64, 64), `maps` the same as (B, 64, 8, 8)."""
+    """Two blocks of self-attention on 8 x 8 patches of a 32 px film; `norm` gives tokens (B, 64, 64), `maps` the same
+    as (B, 64, 8, 8)."""
 
     def __init__(self, width=64, grid=8):
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.positions = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0, batch_first=True, norm_first=True) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0, batch_first=True, norm_first=True)
+            for _ in range(2)
+        )
         self.norm = nn.LayerNorm(width)
         self.maps = nn.Unflatten(2, (grid, grid))
 
     def forward(self, films):
         tokens = self.patches(films).flatten(2).transpose(1, 2)
         if tokens.shape[1] != self.positions.shape[1]:
-            raise ValueError(f"small_transformer takes films of 32 x 32 px, these are {tuple(films.shape[2:])}: set image_size: 32")
+            raise ValueError(
+                f"small_transformer takes films of 32 x 32 px, these are {tuple(films.shape[2:])}: set image_size: 32"
+            )
         tokens = tokens + self.positions
         for block in self.blocks:
             tokens = block(tokens)
@@ -165,18 +203,33 @@ def _load_trunk(trunk, path, backbone):
         state = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
     wanted = trunk.state_dict()
     # torchvision's DenseNet has a level `features` that our trunk lacks; some timm trunks have it too.
-    state = {name if name in wanted else _modern_name(name.removeprefix("features.")): tensor for name, tensor in state.items()}
-    # A truncated DenseNet has a new final norm: the released one belongs to 1024 channels and is left out, as in the paper.
+    state = {
+        name if name in wanted else _modern_name(name.removeprefix("features.")): tensor
+        for name, tensor in state.items()
+    }
+    # A truncated DenseNet has a new final norm: the released one belongs to 1024 channels and is left out, as in the
+    # paper.
     new = {name for name in wanted if name.startswith("norm5.")} if backbone == "tdensenet" else set()
-    missing = [name for name in wanted if name not in state and name not in new and not name.endswith("num_batches_tracked")]
-    other = [f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}" for name, tensor in wanted.items()
-             if name in state and state[name].shape != tensor.shape and name not in new]
+    missing = [
+        name for name in wanted if name not in state and name not in new and not name.endswith("num_batches_tracked")
+    ]
+    other = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape and name not in new
+    ]
     if missing or other:
-        raise RuntimeError(f"{path} does not hold weights of {backbone}: " + "; ".join(
-            ([f"{len(missing)} tensors are missing, the first is {missing[0]}"] if missing else [])
-            + ([f"{len(other)} have another shape, the first is {other[0]}"] if other else [])))
-    trunk.load_state_dict({name: state[name] for name, tensor in wanted.items()
-                           if name in state and state[name].shape == tensor.shape}, strict=False)
+        raise RuntimeError(
+            f"{path} does not hold weights of {backbone}: "
+            + "; ".join(
+                ([f"{len(missing)} tensors are missing, the first is {missing[0]}"] if missing else [])
+                + ([f"{len(other)} have another shape, the first is {other[0]}"] if other else [])
+            )
+        )
+    trunk.load_state_dict(
+        {name: state[name] for name, tensor in wanted.items() if name in state and state[name].shape == tensor.shape},
+        strict=False,
+    )
 
 
 def _modern_name(name):
@@ -188,7 +241,8 @@ def _modern_name(name):
 
 
 def read_weights(path):
-    """Tensors of a weights file, by name: safetensors, or a torch file read as weights only (a pickled program is refused).
+    """Tensors of a weights file, by name: safetensors, or a torch file read as weights only (a pickled program is
+    refused).
 
     Raises
     ------
@@ -201,11 +255,14 @@ def read_weights(path):
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
+
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own text advises to trust the file
-        raise RuntimeError(f"{path} is not a readable weights file: it is damaged, or holds more than tensors, which could run code. "
-                           "Save model.state_dict() and nothing else") from None
+        raise RuntimeError(
+            f"{path} is not a readable weights file: it is damaged, or holds more than tensors, which could run code. "
+            "Save model.state_dict() and nothing else"
+        ) from None
     except Exception as error:  # safetensors and pickle raise types of their own
         raise RuntimeError(f"{path} is not a readable weights file ({type(error).__name__}: {error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
@@ -230,10 +287,11 @@ def load_model(path, backbone, n_outputs):
 
 
 def load_chexnet(path):
-    """The public CheXNet checkpoint as a `Classifier`: DenseNet121, 14 logits in the order of `CHEXNET_CLASSES`, in evaluation mode.
+    """The public CheXNet checkpoint as a `Classifier`: DenseNet121, 14 logits in the order of `CHEXNET_CLASSES`, in
+    evaluation mode.
 
-    The file holds a DataParallel module with layer names of 2017 and a sigmoid after its last layer, which has no weights. Our outputs are
-    the logits before it.
+    The file holds a DataParallel module with layer names of 2017 and a sigmoid after its last layer, which has no
+    weights. Our outputs are the logits before it.
 
     Parameters
     ----------
@@ -243,7 +301,8 @@ def load_chexnet(path):
     Raises
     ------
     RuntimeError
-        The file is missing, unreadable, would run code, or holds other tensors; the message names the first that differs.
+        The file is missing, unreadable, would run code, or holds other tensors; the message names the first that
+        differs.
     """
     state = {}
     for name, tensor in read_weights(path).items():
@@ -265,7 +324,8 @@ def select_output(model, output):
 
 
 def both_sides(model):
-    """A classifier of one logit f as one of two, (f, -f): what speaks for the finding, and what against it. It shares the trunk."""
+    """A classifier of one logit f as one of two, (f, -f): what speaks for the finding, and what against it. It shares
+    the trunk."""
     weight, bias = model.head.weight, model.head.bias
     if len(weight) != 1:
         raise ValueError(f"the model has {len(weight)} outputs: only a single logit has two sides")
@@ -283,5 +343,7 @@ def _require_same(wanted, state, path, what):
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differing:
         name = differing[0]
-        raise RuntimeError(f"{path} is not {what}: {len(differing)} tensors differ, the first is {name} "
-                           f"(file: {found.get(name, 'absent')}, model: {wanted.get(name, 'absent')})")
+        raise RuntimeError(
+            f"{path} is not {what}: {len(differing)} tensors differ, the first is {name} "
+            f"(file: {found.get(name, 'absent')}, model: {wanted.get(name, 'absent')})"
+        )

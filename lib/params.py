@@ -1,8 +1,11 @@
 """What a study and a run are: validated parameters, and the paths that follow from them.
 
-Parameters are flat `key: value` pairs, as papermill merges them. `params/studies/<study>.yaml` holds what all runs of a study share,
-`params/runs/<run>.yaml` what makes one run. A notebook's parameters cell lists every key with the default that runs the demo.
-`python -m lib.params cell run` prints that cell, `python -m lib.params check <study>` validates a study and all its runs.
+Parameters are flat `key: value` pairs, as papermill merges them. `params/studies/<study>.yaml` holds what all runs of a
+study share,
+`params/runs/<run>.yaml` what makes one run. A notebook's parameters cell lists every key with the default that runs the
+demo.
+`python -m lib.params cell run` prints that cell, `python -m lib.params check <study>` validates a study and all its
+runs.
 """
 
 import ast
@@ -25,7 +28,10 @@ BACKBONES = ("tdensenet", "resnet50")
 RELEASES = ("phantom", "nih", "phantom_rsna", "rsna", "digits")
 CAM_METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer")
 # The paper's runs. A loss or backbone of your own gets a file in params/runs and a place in the `runs` of a study.
-GRID = tuple(f"{task}-{backbone}-{loss}" for task, backbone, loss in itertools.product(TASKS[:2], BACKBONES, ("bce", "wbce", "focal", "cb_focal")))
+GRID = tuple(
+    f"{task}-{backbone}-{loss}"
+    for task, backbone, loss in itertools.product(TASKS[:2], BACKBONES, ("bce", "wbce", "focal", "cb_focal"))
+)
 
 
 class ParameterError(ValueError):
@@ -39,25 +45,39 @@ class Study(BaseModel):
 
     study: str = Field("demo", pattern=r"^[A-Za-z0-9_]+$", description="name: results go to outputs/<study>/")
     runs: list[str] = Field(list(GRID), min_length=1, description="the runs of the study, each a file of params/runs")
-    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="every run is trained once per seed")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+        [0], min_length=1, description="every run is trained once per seed"
+    )
     comparison: bool = Field(True, description="whether notebooks 02 to 05 compare the runs, as Khakzar et al. do")
     attribution: list[str] = Field([], description="runs that 06 explains by relevance")
     features: list[str] = Field([], description="runs whose features 07 analyses")
     companions: list[str] = Field([], description="other studies that are made along with this one")
     # data
-    release: Literal[RELEASES] = Field("phantom", description="phantom or phantom_rsna (simulated, made on the spot), nih, rsna, digits")
+    release: Literal[RELEASES] = Field(
+        "phantom", description="phantom or phantom_rsna (simulated, made on the spot), nih, rsna, digits"
+    )
     data_root: str = Field("", description="folder of the release; empty: the phantom's own folder in outputs")
-    skip_bad_films: bool = Field(False, description="go on without films that are missing or unreadable (they are listed)")
+    skip_bad_films: bool = Field(
+        False, description="go on without films that are missing or unreadable (they are listed)"
+    )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train_val films held out, by patient")
     phantom_films: int = Field(1000, ge=60, description="films of the simulated release")
     phantom_size: int = Field(224, ge=64, le=1024, description="their side, pixels")
     phantom_seed: int = Field(0, ge=0, description="which patients are simulated")
-    phantom_floor: float = Field(0.035, ge=0, le=0.1, description="share of films every finding is lifted to, while a fifth stay normal")
-    phantom_marker: str = Field("", description="a finding whose films carry a burnt-in marker: a planted confounder; empty: none")
+    phantom_floor: float = Field(
+        0.035, ge=0, le=0.1, description="share of films every finding is lifted to, while a fifth stay normal"
+    )
+    phantom_marker: str = Field(
+        "", description="a finding whose films carry a burnt-in marker: a planted confounder; empty: none"
+    )
     image_size: int = Field(66, ge=32, le=1024, description="side of the films that the models see, pixels")
     no_finding_output: bool = Field(True, description="multilabel: 15 outputs with 'No Finding'; False: 14")
     # training
-    init: str = Field("phantom", min_length=1, description="imagenet, phantom (other simulated films first), scratch, or a weights file")
+    init: str = Field(
+        "phantom",
+        min_length=1,
+        description="imagenet, phantom (other simulated films first), scratch, or a weights file",
+    )
     epochs: int = Field(1, ge=1, description="passes over the training films")
     batch_size: int = Field(16, ge=2, description="films per step, all devices together")
     learning_rate: float = Field(1.5e-4, gt=0, description="Adam's, at the start of the cosine")
@@ -65,47 +85,78 @@ class Study(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up of the learning rate, steps")
     final_learning_rate: float = Field(0.0, ge=0, le=1, description="end of the cosine, as a share of learning_rate")
     gradient_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: not clipped")
-    jitter: float = Field(0.1, ge=0, lt=1, description="colour jitter: brightness and contrast vary by up to this share")
+    jitter: float = Field(
+        0.1, ge=0, lt=1, description="colour jitter: brightness and contrast vary by up to this share"
+    )
     flip: bool = Field(True, description="training films are mirrored at random")
-    augmentation: Literal["paper", "imba"] = Field("paper", description="crop, flip and jitter, or the authors' code: also transpose, turn, holes")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the hardware is faster with it")
+    augmentation: Literal["paper", "imba"] = Field(
+        "paper", description="crop, flip and jitter, or the authors' code: also transpose, turn, holes"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware is faster with it"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps")
     gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) of one run; above 1 it runs under torchrun")
-    checkpoint: Literal["best", "last"] = Field("best", description="what is analysed: best validation AUROC, or the last epoch")
+    checkpoint: Literal["best", "last"] = Field(
+        "best", description="what is analysed: best validation AUROC, or the last epoch"
+    )
     # losses (Khakzar et al., eq. 2)
     alpha: float = Field(0.25, ge=0, le=1, description="Focal: weight of the positives")
     gamma: float = Field(2.0, ge=0, description="Focal, CB-Focal: focusing exponent")
     beta: float = Field(0.9999, ge=0, lt=1, description="CB-Focal: base of the effective number of films")
     wbce_scheme: Literal["paper", "pos_weight"] = Field("paper", description="WBCE: N-/N, N+/N, or N-/N+, 1")
-    wbce_counts: Literal["train", "batch"] = Field("train", description="WBCE: classes counted over the training set, or in each batch")
+    wbce_counts: Literal["train", "batch"] = Field(
+        "train", description="WBCE: classes counted over the training set, or in each batch"
+    )
     cb_scale: Literal[SCALES] = Field("global", description="CB-Focal: scale of the printed weights")
     loss_factor: float = Field(1.0, gt=0, description="constant in front of the loss")
     # analysis
     n_replicates: int = Field(300, ge=0, description="bootstrap replicates over patients; 0: no intervals")
     annotated: Literal["test", "all"] = Field("test", description="which films with boxes are analysed")
     cam_method: Literal[CAM_METHODS] = Field("cam", description=", ".join(CAM_METHODS))
-    cam_layer: str = Field("", description="module whose maps CAM reads (03, 05, 06: the one that the head pools); empty: the backbone's own")
-    token_grid: list[Annotated[int, Field(ge=1)]] = Field([], max_length=2, description="rows and columns of a transformer's tokens in cam_layer")
+    cam_layer: str = Field(
+        "",
+        description="module whose maps CAM reads (03, 05, 06: the one that the head pools); empty: the backbone's own",
+    )
+    token_grid: list[Annotated[int, Field(ge=1)]] = Field(
+        [], max_length=2, description="rows and columns of a transformer's tokens in cam_layer"
+    )
     dissection_layer: str = Field("", description="module whose maps are dissected; empty: the backbone's own")
     dissection_quantile: float = Field(0.0, ge=0, lt=1, description="q of P(A >= tau) = q; 0: the backbone's own")
-    concept_reading: Literal["paper", "imba"] = Field("paper", description="concepts as the paper says, or as the authors' code counts them")
-    concept_resolution: Literal["image", "native"] = Field("image", description="components counted on upsampled or native maps")
+    concept_reading: Literal["paper", "imba"] = Field(
+        "paper", description="concepts as the paper says, or as the authors' code counts them"
+    )
+    concept_resolution: Literal["image", "native"] = Field(
+        "image", description="components counted on upsampled or native maps"
+    )
     connectivity: Literal[4, 8] = Field(8, description="neighbours of a pixel in a component")
     box_rounding: Literal["outward", "trunc"] = Field("outward", description="box corners to whole pixels")
 
     # attribution (Nam & Lee)
     chexnet: str = Field("", description="CheXNet checkpoint that 06 explains instead of the run; empty: the run")
-    chexnet_train_list: str = Field("", description="list of the films that checkpoint was trained on, to report the others apart")
+    chexnet_train_list: str = Field(
+        "", description="list of the films that checkpoint was trained on, to report the others apart"
+    )
     chexnet_val_list: str = Field("", description="list of the films that checkpoint was chosen on")
     relevance_init: Literal["one", "logit"] = Field("one", description="relevance starts from 1, or from the logit")
-    relevance_batchnorm: Literal["identity", "merge"] = Field("identity", description="BatchNorm passes relevance on, or joins its convolution")
-    rap_negative: Literal["paper", "authors_conv"] = Field("paper", description="negative relevance in RAP: equation 5, or the authors' code")
+    relevance_batchnorm: Literal["identity", "merge"] = Field(
+        "identity", description="BatchNorm passes relevance on, or joins its convolution"
+    )
+    rap_negative: Literal["paper", "authors_conv"] = Field(
+        "paper", description="negative relevance in RAP: equation 5, or the authors' code"
+    )
     # integrated feature analysis (Li et al.)
-    feature_class: str = Field("", description="class whose maps 07 shows; empty: the marker's, else Pneumonia, Unhealthy or 7")
-    perturbation_films: int = Field(0, ge=0, description="films on which 07 also tries Score, SS, IS and Smooth Grad++, which are slow")
+    feature_class: str = Field(
+        "", description="class whose maps 07 shows; empty: the marker's, else Pneumonia, Unhealthy or 7"
+    )
+    perturbation_films: int = Field(
+        0, ge=0, description="films on which 07 also tries Score, SS, IS and Smooth Grad++, which are slow"
+    )
     principal_share: float = Field(0.05, gt=0, le=1, description="share of the features that count as principal")
     activation_scale: Literal["tanh", "linear"] = Field("tanh", description="function of the common scale")
-    activation_bounds: Literal["pixels", "image_extremes"] = Field("pixels", description="P10 and P90 of all pixels, or of the films' extremes")
+    activation_bounds: Literal["pixels", "image_extremes"] = Field(
+        "pixels", description="P10 and P90 of all pixels, or of the films' extremes"
+    )
 
     @field_validator("runs", "attribution", "features")
     @classmethod
@@ -126,20 +177,26 @@ class Study(BaseModel):
     @model_validator(mode="after")
     def _batches_divide(self):
         if self.batch_size % self.gpus or self.batch_size < 2 * self.gpus:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of gpus ({self.gpus}), with at least 2 films for each")
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of gpus ({self.gpus}), with at least 2 films for each"
+            )
         return self
 
     @model_validator(mode="after")
     def _release_has_a_root(self):
         holds = {"nih": "Data_Entry_2017*.csv", "rsna": "stage_2_train_labels.csv"}.get(self.release)
         if holds and not self.data_root:
-            raise ValueError(f"data_root is empty: name the folder that holds {holds} (-p data_root ..., or make ... DATA_ROOT=...)")
+            raise ValueError(
+                f"data_root is empty: name the folder that holds {holds} (-p data_root ..., or make ... DATA_ROOT=...)"
+            )
         return self
 
     @model_validator(mode="after")
     def _augmentation_mirrors(self):
         if self.augmentation == "imba" and not self.flip:
-            raise ValueError("augmentation: imba transposes and turns films, so flip: false cannot be kept; use augmentation: paper")
+            raise ValueError(
+                "augmentation: imba transposes and turns films, so flip: false cannot be kept; use augmentation: paper"
+            )
         return self
 
     @model_validator(mode="after")
@@ -154,7 +211,8 @@ class Study(BaseModel):
     def from_notebook(cls, namespace):
         """Build from a notebook's globals, right after its parameters cell.
 
-        Every plain variable defined so far counts as a parameter, so that a misspelt key, which papermill only warns of, is an error.
+        Every plain variable defined so far counts as a parameter, so that a misspelt key, which papermill only warns
+        of, is an error.
 
         Parameters
         ----------
@@ -164,15 +222,29 @@ class Study(BaseModel):
         Raises
         ------
         ParameterError
-            Unknown key (the nearest right one is named), value out of range, or a kernel in which the notebook has run before.
+            Unknown key (the nearest right one is named), value out of range, or a kernel in which the notebook has run
+            before.
         """
         shell = {"In", "Out", "exit", "quit", "get_ipython"}
-        values = {key: value for key, value in namespace.items()
-                  if not key.startswith("_") and key not in shell and not callable(value) and not isinstance(value, ModuleType)}
-        results = [key for key, value in values.items() if not isinstance(value, (str, int, float, list, tuple, dict, type(None)))]
+        values = {
+            key: value
+            for key, value in namespace.items()
+            if not key.startswith("_")
+            and key not in shell
+            and not callable(value)
+            and not isinstance(value, ModuleType)
+        }
+        results = [
+            key
+            for key, value in values.items()
+            if not isinstance(value, (str, int, float, list, tuple, dict, type(None)))
+        ]
         if results:
-            raise ParameterError(f"{', '.join(results[:3])}: no plain values, so this kernel has run the notebook before and parameters cannot be told "
-                                 "from results. Restart the kernel and run all cells")
+            raise ParameterError(
+                f"{', '.join(results[:3])}: no plain values, so this kernel has run the notebook before and "
+                "parameters cannot be told "
+                "from results. Restart the kernel and run all cells"
+            )
         return cls.build(values)
 
     @classmethod
@@ -187,7 +259,10 @@ class Study(BaseModel):
                 if item["type"] == "extra_forbidden":
                     lines.append(f"{key}: no such parameter{_nearest(key, cls.model_fields)}")
                 else:
-                    lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}" + (f" (got {item['input']!r})" if item["loc"] else ""))
+                    lines.append(
+                        f"{key}: {item['msg'].removeprefix('Value error, ')}"
+                        + (f" (got {item['input']!r})" if item["loc"] else "")
+                    )
             raise ParameterError(f"{source}: " + "; ".join(line.removeprefix(": ") for line in lines)) from None
 
     @property
@@ -202,7 +277,8 @@ class Study(BaseModel):
 
     @property
     def chexnet_files(self) -> dict[str, Path]:
-        """The files named by `chexnet`, `chexnet_train_list` and `chexnet_val_list`, by these names; those that are empty are not among them."""
+        """The files named by `chexnet`, `chexnet_train_list` and `chexnet_val_list`, by these names; those that are
+        empty are not among them."""
         named = {key: getattr(self, key) for key in ("chexnet", "chexnet_train_list", "chexnet_val_list")}
         return {key: (ROOT / path).resolve() for key, path in named.items() if path}
 
@@ -219,22 +295,32 @@ class Study(BaseModel):
     @property
     def data_label(self) -> str:
         """What every table and figure says its numbers were measured on."""
-        labels = {"phantom": "Simulated phantom films, not patients", "phantom_rsna": "Simulated phantom films in RSNA's layout, not patients",
-                  "nih": f"NIH ChestX-ray14 films, study {self.study}", "rsna": f"RSNA pneumonia films, study {self.study}",
-                  "digits": "Handwritten digits of scikit-learn, 8 x 8 pixels"}
+        labels = {
+            "phantom": "Simulated phantom films, not patients",
+            "phantom_rsna": "Simulated phantom films in RSNA's layout, not patients",
+            "nih": f"NIH ChestX-ray14 films, study {self.study}",
+            "rsna": f"RSNA pneumonia films, study {self.study}",
+            "digits": "Handwritten digits of scikit-learn, 8 x 8 pixels",
+        }
         return labels[self.release]
 
     def run(self, name, seed) -> "Run":
         """The `Run` of this study that params/runs/<name>.yaml describes."""
         path = ROOT / "params" / "runs" / f"{name}.yaml"
-        return Run.build({**self.model_dump(), **load(path), "seed": seed}, f"params/runs/{name}.yaml on study {self.study}")
+        return Run.build(
+            {**self.model_dump(), **load(path), "seed": seed}, f"params/runs/{name}.yaml on study {self.study}"
+        )
 
 
 class Run(Study):
     """Parameters of one run: a study's, and the four that tell runs apart."""
 
-    task: Literal[TASKS] = Field("multilabel", description="multilabel (15 labels), binary (Unhealthy), pneumonia, digits")
-    backbone: str = Field("tdensenet", min_length=1, description="tdensenet, resnet50, densenet121, vgg16, or any timm name")
+    task: Literal[TASKS] = Field(
+        "multilabel", description="multilabel (15 labels), binary (Unhealthy), pneumonia, digits"
+    )
+    backbone: str = Field(
+        "tdensenet", min_length=1, description="tdensenet, resnet50, densenet121, vgg16, or any timm name"
+    )
     loss: Literal[LOSSES] = Field("focal", description="bce, wbce, focal, cb_focal")
     seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, order and augmentation")
 
@@ -250,10 +336,18 @@ class Run(Study):
 
     @property
     def pretext(self) -> "Run":
-        """The run that `init: phantom` starts from: all labels, BCE, on the simulated patients of params/studies/pretext.yaml."""
+        """The run that `init: phantom` starts from: all labels, BCE, on the simulated patients of
+        params/studies/pretext.yaml."""
         study = load(ROOT / "params" / "studies" / "pretext.yaml")
-        run = {"study": f"pretext_{self.image_size}px", "image_size": self.image_size, "device": self.device, "precision": self.precision,
-               "task": "multilabel", "backbone": self.backbone, "loss": "bce"}
+        run = {
+            "study": f"pretext_{self.image_size}px",
+            "image_size": self.image_size,
+            "device": self.device,
+            "precision": self.precision,
+            "task": "multilabel",
+            "backbone": self.backbone,
+            "loss": "bce",
+        }
         return Run.build({**study, **run}, "params/studies/pretext.yaml")
 
     @property
@@ -270,7 +364,9 @@ class Run(Study):
 
     @model_validator(mode="after")
     def _task_suits_release(self):
-        if (self.task == "digits") != (self.release == "digits") or (self.task == "multilabel" and self.release.endswith("rsna")):
+        if (self.task == "digits") != (self.release == "digits") or (
+            self.task == "multilabel" and self.release.endswith("rsna")
+        ):
             raise ValueError(f"task {self.task} does not go with release {self.release}")
         return self
 
@@ -314,7 +410,9 @@ def load(path):
     path = Path(path)
     if not path.is_file():
         known = sorted(other.stem for other in path.parent.glob("*.yaml"))
-        raise ParameterError(f"{path}: no such file{_nearest(path.stem, known)} ({path.parent} has {', '.join(known) or 'none'})")
+        raise ParameterError(
+            f"{path}: no such file{_nearest(path.stem, known)} ({path.parent} has {', '.join(known) or 'none'})"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -332,22 +430,35 @@ def load_study(name, **overrides):
     path = ROOT / "params" / "studies" / f"{name}.yaml"
     values = {**load(path), **overrides}
     if "runs" in overrides:  # fewer runs leave fewer to look at
-        values |= {key: [run for run in values[key] if run in values["runs"]] for key in ("attribution", "features") if key in values}
+        values |= {
+            key: [run for run in values[key] if run in values["runs"]]
+            for key in ("attribution", "features")
+            if key in values
+        }
     study = Study.build(values, f"params/studies/{name}.yaml")
     if study.study != name:
         raise ParameterError(f"{path}: its key study says {study.study!r}; it must be the file's own name")
     if study.release.endswith("rsna"):
-        unsaid = [key for key in load(path.parent / "demo_rsna.yaml") if key not in values and (study.release != "rsna" or not key.startswith("phantom_"))]
+        unsaid = [
+            key
+            for key in load(path.parent / "demo_rsna.yaml")
+            if key not in values and (study.release != "rsna" or not key.startswith("phantom_"))
+        ]
         if unsaid:
-            raise ParameterError(f"{path}: must name {', '.join(unsaid)}: where a study is silent, notebook 08 has the values of demo_rsna and training "
-                                 "the general defaults")
+            raise ParameterError(
+                f"{path}: must name {', '.join(unsaid)}: where a study is silent, notebook 08 has the values of "
+                "demo_rsna and training "
+                "the general defaults"
+            )
     for other in study.companions:
         if not (path.parent / f"{other}.yaml").is_file():
             raise ParameterError(f"{path}: companions names {other}, but there is no file params/studies/{other}.yaml")
     for run_name in study.runs:
         run = study.run(run_name, study.seeds[0])
         if run.name != run_name:
-            raise ParameterError(f"params/runs/{run_name}.yaml: describes {run.name}; the file's name must be <task>-<backbone>-<loss>")
+            raise ParameterError(
+                f"params/runs/{run_name}.yaml: describes {run.name}; the file's name must be <task>-<backbone>-<loss>"
+            )
     return study
 
 
@@ -361,7 +472,9 @@ def parameters_cell(model, values=None):
         value = values.get(key, field.default)
         if key == "runs" and value == list(GRID):
             lines.append(f"runs = [  # {field.description}")
-            lines += ["    " + ", ".join(f'"{name}"' for name in GRID[k:k + 2]) + "," for k in range(0, len(GRID), 2)] + ["]"]
+            lines += [
+                "    " + ", ".join(f'"{name}"' for name in GRID[k : k + 2]) + "," for k in range(0, len(GRID), 2)
+            ] + ["]"]
         else:
             literal = f'"{value}"' if isinstance(value, str) else repr(value)
             lines.append(f"{key} = {literal}  # {field.description}")
@@ -370,7 +483,11 @@ def parameters_cell(model, values=None):
 
 def cell_values(source):
     """Names and values assigned in a parameters cell, read without running it."""
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+    }
 
 
 if __name__ == "__main__":

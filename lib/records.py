@@ -13,7 +13,8 @@ import pandas as pd
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary path in the folder of `path`; on success flush it to disk and move it into place, on failure remove it.
+    """Yield a temporary path in the folder of `path`; on success flush it to disk and move it into place, on failure
+    remove it.
 
     Parameters
     ----------
@@ -46,15 +47,23 @@ def atomic(path):
         os.close(folder)
     except Exception as error:
         if _disk_is_full(error, path.parent):
-            raise OSError(errno.ENOSPC, f"no space left on the disk while writing {path}; nothing was replaced. Free some space and run again") from error
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left on the disk while writing {path}; nothing was replaced. Free some space and run again",
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _disk_is_full(error, folder):
-    """Whether a writer failed for want of space. safetensors and torch raise types of their own, and torch does not name the cause."""
-    return getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error) or shutil.disk_usage(folder).free < 2**20
+    """Whether a writer failed for want of space. safetensors and torch raise types of their own, and torch does not
+    name the cause."""
+    return (
+        getattr(error, "errno", None) == errno.ENOSPC
+        or f"os error {errno.ENOSPC}" in str(error)
+        or shutil.disk_usage(folder).free < 2**20
+    )
 
 
 def _umask():
@@ -94,9 +103,16 @@ def read_runs(study, name):
     runs = [study.run(run, seed) for run in study.runs for seed in study.seeds]
     missing = [str(run.run_folder.relative_to(study.folder)) for run in runs if not (run.run_folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{name} is missing in {', '.join(missing)} of {study.folder}: run notebooks 01 to 04 of these first")
-    return pd.concat([read_table(run.run_folder / name).assign(task=run.task, backbone=run.backbone, loss=run.loss, seed=run.seed) for run in runs],
-                     ignore_index=True)
+        raise FileNotFoundError(
+            f"{name} is missing in {', '.join(missing)} of {study.folder}: run notebooks 01 to 04 of these first"
+        )
+    return pd.concat(
+        [
+            read_table(run.run_folder / name).assign(task=run.task, backbone=run.backbone, loss=run.loss, seed=run.seed)
+            for run in runs
+        ],
+        ignore_index=True,
+    )
 
 
 def write_text(text, path):
@@ -119,4 +135,6 @@ def write_figure(figure, path, dpi=200):
     """Write a matplotlib figure as PNG and as PDF beside it, atomically. `path` has no suffix."""
     for suffix in (".png", ".pdf"):
         with atomic(Path(path).with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, dpi=dpi, bbox_inches="tight", metadata={"CreationDate": None} if suffix == ".pdf" else None)
+            figure.savefig(
+                temporary, dpi=dpi, bbox_inches="tight", metadata={"CreationDate": None} if suffix == ".pdf" else None
+            )

@@ -1,8 +1,8 @@
 """Training of one run: a plain loop that can be killed at any moment and carries on to the same bits.
 
-`fit` trains in this process; `train` calls it, or starts torchrun on this module where a run has several devices. After every epoch
-the whole state goes to `state/epoch-<n>-<digest>.pt`; the two latest are kept. Order, augmentation and dropout of an epoch follow from
-(seed, epoch) alone, so an epoch that was cut short is run again with the same result.
+`fit` trains in this process; `train` calls it, or starts torchrun on this module where a run has several devices. After
+every epoch the whole state goes to `state/epoch-<n>-<digest>.pt`; the two latest are kept. Order, augmentation and
+dropout of an epoch follow from (seed, epoch) alone, so an epoch that was cut short is run again with the same result.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from lib.analysis.inference import predict
 from lib.analysis.metrics import classification_metrics
 from lib.data import open_data
 from lib.data.batches import count_batches, evaluation_batches, training_batches
-from lib.data.nih import task_targets
+from lib.data.release import task_targets
 from lib.devices import choose_device, device_name, gpu_names, hold_gpus, uses_bfloat16
 from lib.locks import exclusive
 from lib.losses import imbalance_loss, loss_weights
@@ -39,16 +39,41 @@ from lib.models import build_model, load_model
 from lib.params import ROOT, Run
 
 # What the weights depend on: a finished or interrupted run is carried on only while all of these stand unchanged.
-IDENTITY = ("task", "backbone", "loss", "seed", "no_finding_output", "image_size", "validation_fraction", "epochs", "batch_size",
-            "learning_rate", "weight_decay", "warmup_steps", "final_learning_rate", "gradient_clip", "jitter", "flip", "augmentation", "precision", "gpus",
-            "alpha", "gamma", "beta", "wbce_scheme", "wbce_counts", "cb_scale", "loss_factor")
+IDENTITY = (
+    "task",
+    "backbone",
+    "loss",
+    "seed",
+    "no_finding_output",
+    "image_size",
+    "validation_fraction",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "final_learning_rate",
+    "gradient_clip",
+    "jitter",
+    "flip",
+    "augmentation",
+    "precision",
+    "gpus",
+    "alpha",
+    "gamma",
+    "beta",
+    "wbce_scheme",
+    "wbce_counts",
+    "cb_scale",
+    "loss_factor",
+)
 # What must stand besides when a trained run is analysed: on which films, and from where, it was trained.
 SOURCE = ("release", "init", "phantom_films", "phantom_size", "phantom_seed", "phantom_floor", "phantom_marker")
 RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
 
 
-# The files that decide what training computes. Their digests go on record; an edited comment must not cost a finished run, so a change is
-# only said.
+# The files that decide what training computes. Their digests go on record; an edited comment must not cost a finished
+# run, so a change is only said.
 CODE = ("training.py", "models.py", "losses.py", "data/batches.py", "data/augment.py")
 
 
@@ -59,8 +84,9 @@ class TrainingError(RuntimeError):
 def train(run):
     """Train `run`, or carry it on, in this process or, for `run.gpus` > 1, under torchrun; see `fit`.
 
-    With `init: phantom` the pretext run is trained first, where that has not been done. It stands in for ImageNet: as in the paper all runs
-    of a backbone start from the same features, learnt with plain cross-entropy on other images, here simulated films of other patients.
+    With `init: phantom` the pretext run is trained first, where that has not been done. It stands in for ImageNet: as
+    in the paper all runs of a backbone start from the same features, learnt with plain cross-entropy on other images,
+    here simulated films of other patients.
 
     Returns
     -------
@@ -73,10 +99,27 @@ def train(run):
         return fit(run)
     resolved = run.run_folder / "resolved.json"
     records.write_json(run.model_dump(), resolved)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.gpus}",
-               "-m", "lib.training", str(resolved), LIFELINE]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | _own_gpus(run), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={run.gpus}",
+        "-m",
+        "lib.training",
+        str(resolved),
+        LIFELINE,
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | _own_gpus(run),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -89,7 +132,8 @@ def train(run):
     return records.read_table(run.run_folder / "training.csv")
 
 
-# The workers read a pipe that this process never writes to: when it closes, because this process ended or was killed, they end too.
+# The workers read a pipe that this process never writes to: when it closes, because this process ended or was killed,
+# they end too.
 LIFELINE = "--until-stdin-closes"
 
 
@@ -99,7 +143,8 @@ def _hold_lifeline():
 
 
 def _own_gpus(run):
-    """The environment in which torchrun sees `run.gpus` GPUs that no other run holds; nothing to set on other devices."""
+    """The environment in which torchrun sees `run.gpus` GPUs that no other run holds; nothing to set on other
+    devices."""
     if run.device not in ("auto", "cuda") or not torch.cuda.is_available():
         return {}
     names = gpu_names()
@@ -109,8 +154,9 @@ def _own_gpus(run):
 def fit(run):
     """Train one run, or carry on an interrupted one, and write its results.
 
-    Writes, each whole or not at all: `run.json` (resolved parameters, versions, device, times, status), `training.csv` (a row per
-    epoch), `model.safetensors` (best validation macro AUROC) and `model_last.safetensors`. A finished run returns at once.
+    Writes, each whole or not at all: `run.json` (resolved parameters, versions, device, times, status), `training.csv`
+    (a row per epoch), `model.safetensors` (best validation macro AUROC) and `model_last.safetensors`. A finished run
+    returns at once.
 
     Parameters
     ----------
@@ -119,12 +165,14 @@ def fit(run):
     Returns
     -------
     DataFrame
-        One row per epoch: epoch, learning_rate, train_loss, gradient_norm, val_loss, val_auroc, seconds, films_per_second.
+        One row per epoch: epoch, learning_rate, train_loss, gradient_norm, val_loss, val_auroc, seconds,
+        films_per_second.
 
     Raises
     ------
     TrainingError
-        A loss that is not finite (the last good epoch's state is kept), or a validation split on which AUROC is undefined.
+        A loss that is not finite (the last good epoch's state is kept), or a validation split on which AUROC is
+        undefined.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(run.device, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
@@ -134,10 +182,15 @@ def fit(run):
     with ExitStack() as held:
         if rank == 0:
             run.run_folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive(run.run_folder / ".lock",
-                                         f"{run.name} seed {run.seed}: another process trains it; waiting for its result"))
+            held.enter_context(
+                exclusive(
+                    run.run_folder / ".lock",
+                    f"{run.name} seed {run.seed}: another process trains it; waiting for its result",
+                )
+            )
         if world > 1:
-            # The other ranks wait here for the one that waits for the lock, and at the end of each epoch for the one that validates.
+            # The other ranks wait here for the one that waits for the lock, and at the end of each epoch for the one
+            # that validates.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
         history = _fit(run, model, init, device, rank, world)
         if world > 1:
@@ -151,17 +204,46 @@ def _fit(run, model, init, device, rank, world):
     targets, classes = task_targets(release.targets, run.task, run.no_finding_output)
     rows = {split: store.rows(split) for split in ("train", "val", "test")}
     n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
-    weights = loss_weights(run.loss, n_positive, len(rows["train"]) - n_positive, alpha=run.alpha, gamma=run.gamma, beta=run.beta,
-                           scheme=run.wbce_scheme, counts=run.wbce_counts, scale=run.cb_scale)
+    weights = loss_weights(
+        run.loss,
+        n_positive,
+        len(rows["train"]) - n_positive,
+        alpha=run.alpha,
+        gamma=run.gamma,
+        beta=run.beta,
+        scheme=run.wbce_scheme,
+        counts=run.wbce_counts,
+        scale=run.cb_scale,
+    )
     labels = release.films[["image", "patient", "split", "labels"]].to_csv(index=False).encode()
-    identity = {**{key: getattr(run, key) for key in IDENTITY}, "films": store.fingerprint, "labels": hashlib.sha256(labels).hexdigest()[:16],
-                "initial_weights": init if init in ("scratch", "imagenet") else _digest(init)}
+    identity = {
+        **{key: getattr(run, key) for key in IDENTITY},
+        "films": store.fingerprint,
+        "labels": hashlib.sha256(labels).hexdigest()[:16],
+        "initial_weights": init if init in ("scratch", "imagenet") else _digest(init),
+    }
     code = {name: _digest(Path(__file__).parent / name) for name in CODE}
-    record = {"status": "running", "run": run.name, "code": code, "parameters": run.model_dump(), "identity": identity, "classes": classes,
-              "films": {split: len(index) for split, index in rows.items()}, "n_positive_train": n_positive.tolist(),
-              "loss_weights": {"positive": weights.positive.tolist(), "negative": weights.negative.tolist(), "gamma": weights.gamma, "scale": weights.scale,
-                               "batch_scheme": weights.batch_scheme},
-              "device": device_name(device), "world_size": world, "started": started.isoformat(timespec="seconds"), **environment()}
+    record = {
+        "status": "running",
+        "run": run.name,
+        "code": code,
+        "parameters": run.model_dump(),
+        "identity": identity,
+        "classes": classes,
+        "films": {split: len(index) for split, index in rows.items()},
+        "n_positive_train": n_positive.tolist(),
+        "loss_weights": {
+            "positive": weights.positive.tolist(),
+            "negative": weights.negative.tolist(),
+            "gamma": weights.gamma,
+            "scale": weights.scale,
+            "batch_scheme": weights.batch_scheme,
+        },
+        "device": device_name(device),
+        "world_size": world,
+        "started": started.isoformat(timespec="seconds"),
+        **environment(),
+    }
 
     history = finished_history(run, identity)
     if history is not None:
@@ -172,8 +254,9 @@ def _fit(run, model, init, device, rank, world):
 
     low_precision = uses_bfloat16(run.precision, device)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay,
-                                 fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
     state = latest_state(run.run_folder / "state", identity)
     if world > 1:
         dist.barrier()
@@ -185,30 +268,71 @@ def _fit(run, model, init, device, rank, world):
         optimizer.load_state_dict(state["optimizer"])
         history, best = state["history"], state["best"]
         # What trained the epochs so far stays on record: commit, versions, host, device.
-        record = {**state["record"], "resumed": [*state["record"].get("resumed", []), {**environment(), "at": started.isoformat(timespec="seconds")}]}
+        record = {
+            **state["record"],
+            "resumed": [
+                *state["record"].get("resumed", []),
+                {**environment(), "at": started.isoformat(timespec="seconds")},
+            ],
+        }
         _say(rank, f"{run.name} seed {run.seed}: carries on after epoch {state['epoch']} of {run.epochs}")
         _say_of_code(record["code"], code, run, run.run_folder / "state", rank)
     if rank == 0:
         records.write_json(record, run.run_folder / "run.json")
-    replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+    replica = (
+        DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        if world > 1
+        else model
+    )
 
     for epoch in range(len(history) + 1, run.epochs + 1):
         clock = time.perf_counter()
-        batches = training_batches(store, rows["train"], targets, image_size=run.image_size, batch_size=run.batch_size,
-                                   seed=run.seed, epoch=epoch, device=device, rank=rank, world_size=world, jitter=run.jitter, flip=run.flip,
-                                   augmentation=run.augmentation)
-        row = _train_epoch(replica, optimizer, batches, weights, run, epoch, len(rows["train"]), low_precision, rank, world)
+        batches = training_batches(
+            store,
+            rows["train"],
+            targets,
+            image_size=run.image_size,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            epoch=epoch,
+            device=device,
+            rank=rank,
+            world_size=world,
+            jitter=run.jitter,
+            flip=run.flip,
+            augmentation=run.augmentation,
+        )
+        row = _train_epoch(
+            replica, optimizer, batches, weights, run, epoch, len(rows["train"]), low_precision, rank, world
+        )
         if rank == 0:
             row |= _validate(model, store, rows["val"], targets, classes, weights, run, epoch, device)
             row["seconds"] = round(time.perf_counter() - clock, 2)
             row["films_per_second"] = round(len(rows["train"]) / row["seconds"], 1)
             history = [*history, row]
             if row["val_auroc"] > best["val_auroc"]:
-                best = {"val_auroc": row["val_auroc"], "model": {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}}
-            _say(rank, f"{run.name} seed {run.seed}: epoch {epoch}/{run.epochs}  loss {row['train_loss']:.4f}  validation loss {row['val_loss']:.4f}  "
-                       f"validation AUROC {row['val_auroc']:.3f}  ({row['seconds']:.0f} s)")
-            write_state({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "history": history, "best": best,
-                         "identity": identity, "record": record}, run.run_folder / "state")
+                best = {
+                    "val_auroc": row["val_auroc"],
+                    "model": {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
+                }
+            _say(
+                rank,
+                f"{run.name} seed {run.seed}: epoch {epoch}/{run.epochs}  loss {row['train_loss']:.4f}  validation "
+                f"loss {row['val_loss']:.4f}  "
+                f"validation AUROC {row['val_auroc']:.3f}  ({row['seconds']:.0f} s)",
+            )
+            write_state(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "epoch": epoch,
+                    "history": history,
+                    "best": best,
+                    "identity": identity,
+                    "record": record,
+                },
+                run.run_folder / "state",
+            )
             records.write_table(pd.DataFrame(history), run.run_folder / "training.csv")
         if world > 1:
             dist.barrier()
@@ -219,12 +343,22 @@ def _fit(run, model, init, device, rank, world):
         last = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         for name, tensors in (("model_last.safetensors", last), ("model.safetensors", best["model"])):
             with records.atomic(run.run_folder / name) as temporary:
-                temporary.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=header))
+                temporary.write_bytes(
+                    save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=header)
+                )
         finished = datetime.now(UTC)
         best_row = max(history, key=lambda row: row["val_auroc"])
-        records.write_json({**record, "status": "finished", "finished": finished.isoformat(timespec="seconds"),
-                            "train_seconds": round(sum(row["seconds"] for row in history), 1), "best_epoch": best_row["epoch"],
-                            "best_val_auroc": best_row["val_auroc"]}, run.run_folder / "run.json")
+        records.write_json(
+            {
+                **record,
+                "status": "finished",
+                "finished": finished.isoformat(timespec="seconds"),
+                "train_seconds": round(sum(row["seconds"] for row in history), 1),
+                "best_epoch": best_row["epoch"],
+                "best_val_auroc": best_row["val_auroc"],
+            },
+            run.run_folder / "run.json",
+        )
         for old in sorted((run.run_folder / "state").glob("epoch-*.pt"))[:-1]:
             old.unlink()
     if world > 1:
@@ -237,12 +371,14 @@ def _train_epoch(model, optimizer, batches, weights, run, epoch, n_films, low_pr
     device = next(model.parameters()).device
     steps = count_batches(n_films, run.batch_size, world)
     losses, norms, said = [], [], time.monotonic()
-    # Dropout and stochastic depth, where a backbone has them, draw from torch's own generator: inside this context it follows from
-    # (seed, epoch, rank), and the caller's state is put back afterwards.
+    # Dropout and stochastic depth, where a backbone has them, draw from torch's own generator: inside this context it
+    # follows from (seed, epoch, rank), and the caller's state is put back afterwards.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence((run.seed, epoch, rank)).generate_state(1)[0]))
         for step, batch in enumerate(batches):
-            rate = run.learning_rate * schedule((epoch - 1) * steps + step, run.epochs * steps, run.warmup_steps, run.final_learning_rate)
+            rate = run.learning_rate * schedule(
+                (epoch - 1) * steps + step, run.epochs * steps, run.warmup_steps, run.final_learning_rate
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
@@ -250,36 +386,54 @@ def _train_epoch(model, optimizer, batches, weights, run, epoch, n_films, low_pr
                 logits = model(batch.images)
             loss = run.loss_factor * imbalance_loss(logits.float(), batch.targets, weights)
             loss.backward()
-            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+            norm = torch.nn.utils.get_total_norm(
+                [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            )
             if run.gradient_clip:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), run.gradient_clip, norm)
             norms.append(norm)
-            # On a GPU every look at a value waits for the device: look rarely there. The epoch's state is only written after a look.
+            # On a GPU every look at a value waits for the device: look rarely there. The epoch's state is only written
+            # after a look.
             losses.append(loss.detach())
             if device.type == "cpu" or step % 50 == 49 or step == steps - 1:
                 _check_finite(torch.stack(losses[-50:] + norms[-50:]), run, epoch, f"step {step + 1}")
             optimizer.step()
             if time.monotonic() - said > 20:
                 said = time.monotonic()
-                _say(rank, f"{run.name} seed {run.seed}: epoch {epoch}/{run.epochs}  step {step + 1}/{steps}  loss {losses[-1].item():.4f}")
+                _say(
+                    rank,
+                    f"{run.name} seed {run.seed}: epoch {epoch}/{run.epochs}  step {step + 1}/{steps}  loss "
+                    f"{losses[-1].item():.4f}",
+                )
     mean_loss = torch.stack(losses).mean()
     if world > 1:
         dist.all_reduce(mean_loss)
-    return {"epoch": epoch, "learning_rate": rate, "train_loss": mean_loss.item() / world,
-            "gradient_norm": torch.stack(norms).mean().item()}
+    return {
+        "epoch": epoch,
+        "learning_rate": rate,
+        "train_loss": mean_loss.item() / world,
+        "gradient_norm": torch.stack(norms).mean().item(),
+    }
 
 
 def _check_finite(values, run, epoch, where):
     if not torch.isfinite(values).all():
         kept = f"The state after epoch {epoch - 1} is kept" if epoch > 1 else "No epoch was finished"
-        raise TrainingError(f"{run.name} seed {run.seed}: the loss or its gradient is not finite at epoch {epoch}, {where}. {kept}. "
-                            "Lower learning_rate, set gradient_clip (for example 1.0), or set precision: float32, then run again")
+        raise TrainingError(
+            f"{run.name} seed {run.seed}: the loss or its gradient is not finite at epoch {epoch}, {where}. {kept}. "
+            "Lower learning_rate, set gradient_clip (for example 1.0), or set precision: float32, then run again"
+        )
 
 
 def _validate(model, store, rows, targets, classes, weights, run, epoch, device):
-    logits = predict(model, evaluation_batches(store, rows, targets, image_size=run.image_size, batch_size=run.batch_size, device=device))
+    logits = predict(
+        model,
+        evaluation_batches(store, rows, targets, image_size=run.image_size, batch_size=run.batch_size, device=device),
+    )
     targets = targets[rows]
-    loss = run.loss_factor * imbalance_loss(torch.from_numpy(logits).double(), torch.from_numpy(targets).double(), weights)
+    loss = run.loss_factor * imbalance_loss(
+        torch.from_numpy(logits).double(), torch.from_numpy(targets).double(), weights
+    )
     _check_finite(loss, run, epoch, "on the validation films")
     patients = store.films["patient"].to_numpy()[rows]
     metrics = classification_metrics(logits, targets, classes, patients, n_replicates=0).set_index("class")
@@ -289,12 +443,15 @@ def _validate(model, store, rows, targets, classes, weights, run, epoch, device)
 def _check_validation(targets, classes):
     positives = targets.sum(0)
     if not ((positives > 0) & (positives < len(targets))).any():
-        raise TrainingError(f"no class of {classes} has both labels among the {len(targets)} validation films, so AUROC is undefined: "
-                            "raise validation_fraction")
+        raise TrainingError(
+            f"no class of {classes} has both labels among the {len(targets)} validation films, so AUROC is undefined: "
+            "raise validation_fraction"
+        )
 
 
 def schedule(step, total, warmup, final):
-    """Share of the learning rate at `step` of `total`: a cosine from 1 to `final`, times a linear warm-up over the first `warmup` steps."""
+    """Share of the learning rate at `step` of `total`: a cosine from 1 to `final`, times a linear warm-up over the
+    first `warmup` steps."""
     cosine = final + (1 - final) * (1 + math.cos(math.pi * step / total)) / 2
     return cosine * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
@@ -334,11 +491,14 @@ def latest_state(folder, identity):
 
 
 def discard_rest(run_folder, state):
-    """Remove what a killed process left half-written, and the saved states that cannot follow on `state`: the damaged, and those of other
-    parameters. Left in place they would count among the two latest."""
+    """Remove what a killed process left half-written, and the saved states that cannot follow on `state`: the damaged,
+    and those of other parameters. Left in place they would count among the two latest."""
     states = (run_folder / "state").glob("epoch-*.pt")
     whole = [path for path in states if state is not None and path.stem.rpartition("-")[2] == _digest(path)]
-    for path in [*(run_folder / "state").glob("*"), *(left for name in RESULTS for left in run_folder.glob(f".{name}.*"))]:
+    for path in [
+        *(run_folder / "state").glob("*"),
+        *(left for name in RESULTS for left in run_folder.glob(f".{name}.*")),
+    ]:
         if path not in whole:
             path.unlink()
 
@@ -355,9 +515,16 @@ def finished_history(run, identity):
 
 
 def _changed(old, new):
-    """What differs, in words. A parameter that is younger than the record stands there with its default, which is what it was."""
-    old = {key: Run.model_fields[key].default for key in new if key in Run.model_fields} | {key: value for key, value in old.items() if value is not None}
-    return ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
+    """What differs, in words. A parameter that is younger than the record stands there with its default, which is what
+    it was."""
+    old = {key: Run.model_fields[key].default for key in new if key in Run.model_fields} | {
+        key: value for key, value in old.items() if value is not None
+    }
+    return ", ".join(
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    )
 
 
 def _digest(path):
@@ -376,7 +543,8 @@ def load_trained(run):
     Raises
     ------
     TrainingError
-        The run is not trained, not finished, or was trained with other parameters than `run` has; the message names them.
+        The run is not trained, not finished, or was trained with other parameters than `run` has; the message names
+        them.
     """
     _require_trained(run)
     device = choose_device(run.device)
@@ -386,13 +554,19 @@ def load_trained(run):
 def _require_trained(run):
     path = run.run_folder / "run.json"
     if not path.is_file() or not run.weights_path.is_file():
-        raise TrainingError(f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. Run 01_train with these parameters first")
+        raise TrainingError(
+            f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. Run 01_train with "
+            "these parameters first"
+        )
     record = records.read_json(path)
     keys = IDENTITY + SOURCE
     changed = _changed({key: record["parameters"].get(key) for key in keys}, {key: getattr(run, key) for key in keys})
     if record["status"] != "finished" or changed:
-        raise TrainingError(f"{path}: " + (f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}")
-                            + ". Run 01_train with these parameters first")
+        raise TrainingError(
+            f"{path}: "
+            + (f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}")
+            + ". Run 01_train with these parameters first"
+        )
 
 
 def is_trained(run):
@@ -406,16 +580,27 @@ def is_trained(run):
 
 def environment():
     """Host, git commit and the versions that a result depends on, for the record."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pandas", "opencv-python-headless", "numba")
-    return {"commit": git.stdout.strip() or "unknown", "host": platform.node(), "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages}, "cuda": torch.version.cuda if torch.cuda.is_available() else None}
+    return {
+        "commit": git.stdout.strip() or "unknown",
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }
 
 
 def _say_of_code(old, new, run, folder, rank):
     if old != new:
         changed = ", ".join(sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)))
-        _say(rank, f"{run.name} seed {run.seed}: trained by another version of the training code ({changed}), and kept. To train anew, delete {folder}")
+        _say(
+            rank,
+            f"{run.name} seed {run.seed}: trained by another version of the training code ({changed}), and kept. To "
+            f"train anew, delete {folder}",
+        )
 
 
 def _say(rank, text):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.data.phantom import write_phantom
+from lib.data.phantom.films import write_phantom
 
 
 @pytest.fixture(scope="session", autouse=True)

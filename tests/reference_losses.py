@@ -1,4 +1,5 @@
 """The four losses from eq. 1 and 2, one element at a time with the standard library; the gradients in closed form."""
+
 import math
 from decimal import Decimal, localcontext
 
@@ -17,7 +18,8 @@ def constants(loss, n_positive, n_negative, alpha=0.25, beta=0.9999, scheme="pap
 
 
 def batch_constants(labels, n_positive, n_negative, scheme):
-    """WBCE's (w+, w-) of one class from its labels in a batch; where these are all alike, from the training set's smallest N-/N+."""
+    """WBCE's (w+, w-) of one class from its labels in a batch; where these are all alike, from the training set's
+    smallest N-/N+."""
     ones = sum(labels)
     zeros = len(labels) - ones
     if ones == 0 or zeros == 0:

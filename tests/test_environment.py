@@ -15,8 +15,10 @@ from lib.params import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
-MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
-           for path in sorted((ROOT / "lib").rglob("*.py"))}
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+    for path in sorted((ROOT / "lib").rglob("*.py"))
+}
 
 
 # ---- the environment
@@ -28,13 +30,18 @@ def direct_requirements():
 
 
 def locked():
-    """Name -> list of (requirement, number of hashes) of requirements.lock; a name has several where Pythons need different versions."""
-    text = "\n".join(line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.lstrip().startswith("#"))
+    """Name -> list of (requirement, number of hashes) of requirements.lock; a name has several where Pythons need
+    different versions."""
+    text = "\n".join(
+        line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.lstrip().startswith("#")
+    )
     found = {}
     for entry in text.replace("\\\n", " ").splitlines():
         if entry.strip():
             requirement = Requirement(entry.split("--hash")[0].strip())
-            found.setdefault(canonical(requirement.name), []).append((requirement, len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", entry))))
+            found.setdefault(canonical(requirement.name), []).append(
+                (requirement, len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", entry)))
+            )
     return found
 
 
@@ -92,7 +99,9 @@ def imports(name):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
-            found |= {module if (module := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names}
+            found |= {
+                module if (module := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+            }
     return found
 
 
@@ -110,7 +119,12 @@ def room(prefix):
 
 def outside(allowed, names):
     """(module, import) pairs within lib that are not in `allowed`."""
-    return {(name, other) for name in names for other in imports(name) if other.startswith("lib") and not other.startswith(allowed)}
+    return {
+        (name, other)
+        for name in names
+        for other in imports(name)
+        if other.startswith("lib") and not other.startswith(allowed)
+    }
 
 
 def test_the_data_room_knows_no_model():
@@ -127,9 +141,16 @@ def test_the_analysis_room_reads_and_writes_no_file():
     files = {"os", "pathlib", "shutil", "io", "glob", "json", "pickle", "csv", "yaml", "requests", "urllib"}
     assert not [(name, other) for name in names for other in imports(name) if other.split(".")[0] in files]
     # What does not fit in memory may spill to a file of `tempfile`, which has no name and goes with the process.
-    functions = r"^(open|np\.(save|savez|load|savetxt|loadtxt|memmap)|torch\.(save|load)|pd\.read_\w+|cv2\.im(read|write))$"
+    functions = (
+        r"^(open|np\.(save|savez|load|savetxt|loadtxt|memmap)|torch\.(save|load)|pd\.read_\w+|cv2\.im(read|write))$"
+    )
     methods = r"\.(to_csv|to_parquet|to_pickle|savefig|write_text|write_bytes|read_text|read_bytes)$"
-    assert not [(name, dotted(call)) for name in names for call in calls(name) if re.search(f"{functions}|{methods}", dotted(call))]
+    assert not [
+        (name, dotted(call))
+        for name in names
+        for call in calls(name)
+        if re.search(f"{functions}|{methods}", dotted(call))
+    ]
 
 
 def test_nothing_in_lib_imports_training():
@@ -164,18 +185,30 @@ def test_no_file_is_loaded_as_a_program():
 
 
 def test_no_exception_is_swallowed_unseen():
-    assert not [name for name in MODULES for node in ast.walk(tree(name)) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    assert not [
+        name
+        for name in MODULES
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
 
 
 def test_random_numbers_come_from_generators():
-    """torch's own generator is seeded only inside `fork_rng`, which puts the caller's state back; numpy's and Python's never."""
+    """torch's own generator is seeded only inside `fork_rng`, which puts the caller's state back; numpy's and Python's
+    never."""
     for name in MODULES:
-        contexts = [node for node in ast.walk(tree(name)) if isinstance(node, ast.With) and "fork_rng" in ast.unparse(node.items[0])]
+        contexts = [
+            node
+            for node in ast.walk(tree(name))
+            if isinstance(node, ast.With) and "fork_rng" in ast.unparse(node.items[0])
+        ]
         forked = [inner for node in contexts for inner in ast.walk(node)]
         assert "random" not in imports(name), name
         for call in calls(name):
             text = dotted(call)
-            assert not re.match(r"(np|numpy)\.random\.(?!default_rng|SeedSequence|Generator|PCG64)", text), f"{name}: {text}"
+            assert not re.match(r"(np|numpy)\.random\.(?!default_rng|SeedSequence|Generator|PCG64)", text), (
+                f"{name}: {text}"
+            )
             if re.search(r"manual_seed(_all)?$|set_rng_state", text):
                 assert call in forked or "Generator(" in text, f"{name}: {text} outside fork_rng"
 

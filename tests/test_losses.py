@@ -25,7 +25,9 @@ OPTIONS = [
 
 def batch(seed=0, rows=7):
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.normal(0, 4, (rows, 4))), torch.from_numpy(rng.integers(0, 2, (rows, 4)).astype(np.float64))
+    return torch.from_numpy(rng.normal(0, 4, (rows, 4))), torch.from_numpy(
+        rng.integers(0, 2, (rows, 4)).astype(np.float64)
+    )
 
 
 def slow(function, logits, targets, loss, options):
@@ -57,7 +59,9 @@ def test_gradient_is_the_closed_form(loss, options):
     weights = loss_weights(loss, N_POSITIVE, N_NEGATIVE, **options)
     logits.requires_grad_()
     imbalance_loss(logits, targets, weights, "sum").backward()
-    np.testing.assert_allclose(logits.grad, slow(reference.gradient, logits.detach(), targets, loss, options), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(
+        logits.grad, slow(reference.gradient, logits.detach(), targets, loss, options), rtol=1e-9, atol=1e-15
+    )
     assert torch.autograd.gradcheck(lambda z: imbalance_loss(z, targets, weights), logits)
 
 
@@ -71,7 +75,9 @@ def test_targets_between_0_and_1(loss, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("loss", "options"), [*OPTIONS, ("cb_focal", {}), ("cb_focal", {"scale": "pair"}), ("wbce", {"counts": "batch"})])
+@pytest.mark.parametrize(
+    ("loss", "options"), [*OPTIONS, ("cb_focal", {}), ("cb_focal", {"scale": "pair"}), ("wbce", {"counts": "batch"})]
+)
 def test_extreme_logits_stay_finite(loss, options, dtype):
     extremes = torch.tensor([-700.0, -90.0, 0.0, 90.0, 700.0], dtype=dtype).repeat_interleave(2)[:, None].expand(-1, 4)
     targets = torch.tensor([0.0, 1.0], dtype=dtype).repeat(5)[:, None].expand(-1, 4)
@@ -139,7 +145,8 @@ def test_both_wbce_schemes_have_one_ratio():
 @pytest.mark.parametrize("scheme", ["paper", "pos_weight"])
 @pytest.mark.parametrize("rows", [9, 2, 1])
 def test_wbce_by_the_counts_of_the_batch(scheme, rows):
-    """Also where a class has no positive film in the batch, or nothing else, and where the training set has one label only."""
+    """Also where a class has no positive film in the batch, or nothing else, and where the training set has one label
+    only."""
     logits, targets = batch(6, rows)
     targets[:, 1], targets[:, 3] = 0, 1
     n_positive, n_negative = [480, 30, 0, 60361], [520, 970, 1000, 51759]
@@ -147,12 +154,18 @@ def test_wbce_by_the_counts_of_the_batch(scheme, rows):
         warnings.simplefilter("error")
         weights = loss_weights("wbce", n_positive, n_negative, scheme=scheme, counts="batch")
     pairs = [reference.batch_constants(targets[:, m].tolist(), n_positive, n_negative, scheme) for m in range(4)]
-    expected = [[reference.element(logits[i, m].item(), targets[i, m].item(), *pairs[m], 0.0) for m in range(4)] for i in range(rows)]
+    expected = [
+        [reference.element(logits[i, m].item(), targets[i, m].item(), *pairs[m], 0.0) for m in range(4)]
+        for i in range(rows)
+    ]
     np.testing.assert_allclose(imbalance_loss(logits, targets, weights, "none"), expected, rtol=1e-10)
     np.testing.assert_allclose(imbalance_loss(logits.float(), targets.float(), weights, "none"), expected, rtol=1e-5)
     logits.requires_grad_()
     imbalance_loss(logits, targets, weights, "sum").backward()
-    slopes = [[reference.gradient(logits[i, m].item(), targets[i, m].item(), *pairs[m], 0.0) for m in range(4)] for i in range(rows)]
+    slopes = [
+        [reference.gradient(logits[i, m].item(), targets[i, m].item(), *pairs[m], 0.0) for m in range(4)]
+        for i in range(rows)
+    ]
     np.testing.assert_allclose(logits.grad, slopes, rtol=1e-9)
 
 
@@ -161,7 +174,9 @@ def test_a_batch_that_is_the_training_set_has_its_weights(scheme):
     logits, targets = batch(7, rows=40)
     counts = targets.sum(0).numpy(), 40 - targets.sum(0).numpy()
     by_batch, by_train = (loss_weights("wbce", *counts, scheme=scheme, counts=which) for which in ("batch", "train"))
-    torch.testing.assert_close(imbalance_loss(logits, targets, by_batch, "none"), imbalance_loss(logits, targets, by_train, "none"))
+    torch.testing.assert_close(
+        imbalance_loss(logits, targets, by_batch, "none"), imbalance_loss(logits, targets, by_train, "none")
+    )
     assert imbalance_loss(logits[:5], targets[:5], by_batch) != imbalance_loss(logits[:5], targets[:5], by_train)
 
 
@@ -171,13 +186,16 @@ def test_one_label_everywhere_counts_as_even():
         assert [weights.positive.tolist(), weights.negative.tolist()] == [[value] * 2 for value in pair]
 
 
-@pytest.mark.parametrize(("loss", "options", "positive", "negative"), [
-    ("wbce", {}, [1, 0], [0, 1]),
-    ("wbce", {"scheme": "pos_weight"}, [0, 0], [1, 1]),
-    ("cb_focal", {"scale": "none"}, [0, None], [None, 0]),
-    ("cb_focal", {"scale": "global"}, [0, None], [None, 0]),
-    ("cb_focal", {"scale": "pair"}, [0, 1], [1, 0]),
-])
+@pytest.mark.parametrize(
+    ("loss", "options", "positive", "negative"),
+    [
+        ("wbce", {}, [1, 0], [0, 1]),
+        ("wbce", {"scheme": "pos_weight"}, [0, 0], [1, 1]),
+        ("cb_focal", {"scale": "none"}, [0, None], [None, 0]),
+        ("cb_focal", {"scale": "global"}, [0, None], [None, 0]),
+        ("cb_focal", {"scale": "pair"}, [0, 1], [1, 0]),
+    ],
+)
 def test_classes_with_one_label_warn_and_stay_finite(loss, options, positive, negative):
     with pytest.warns(UserWarning, match=rf"{loss}: outputs \[0, 1\].* one label only"):
         weights = loss_weights(loss, [0, 1000], [1000, 0], **options)
@@ -202,10 +220,12 @@ def test_an_element_does_not_depend_on_its_batch(loss):
     logits, targets = batch(4, rows=12)
     weights = loss_weights(loss, N_POSITIVE, N_NEGATIVE)
     together = imbalance_loss(logits, targets, weights, "none")
-    alone = torch.cat([imbalance_loss(logits[i:i + 1], targets[i:i + 1], weights, "none") for i in range(12)])
+    alone = torch.cat([imbalance_loss(logits[i : i + 1], targets[i : i + 1], weights, "none") for i in range(12)])
     torch.testing.assert_close(together, alone, rtol=1e-14, atol=0)
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(imbalance_loss(logits[shuffled], targets[shuffled], weights, "none"), together[shuffled], rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        imbalance_loss(logits[shuffled], targets[shuffled], weights, "none"), together[shuffled], rtol=1e-14, atol=0
+    )
 
 
 def test_bce_is_torchs():
@@ -214,21 +234,24 @@ def test_bce_is_torchs():
     torch.testing.assert_close(ours, torch.nn.functional.binary_cross_entropy_with_logits(logits, targets))
 
 
-@pytest.mark.parametrize(("arguments", "options", "message"), [
-    (("hinge", [1], [1]), {}, "unknown loss 'hinge'.*cb_focal"),
-    (("bce", [1, 2], [1]), {}, "equal shape"),
-    (("wbce", [-1], [5]), {}, "not negative"),
-    (("wbce", [0], [0]), {}, "a film"),
-    (("wbce", [np.nan], [5]), {}, "counts"),
-    (("wbce", [1], [1]), {"scheme": "batch"}, "scheme.*'batch'"),
-    (("wbce", [1], [1]), {"scheme": "ratio", "counts": "batch"}, "scheme.*'ratio'"),
-    (("wbce", [1], [1]), {"counts": "epoch"}, "counts.*'train' or 'batch', not 'epoch'"),
-    (("cb_focal", [1], [1]), {"scale": "max"}, "scale.*'max'"),
-    (("cb_focal", [1], [1]), {"beta": 1.0}, "beta"),
-    (("focal", [1], [1]), {"gamma": -1}, "gamma"),
-    (("focal", [1], [1]), {"alpha": 1.2}, "alpha"),
-    (("focal", [1], [1]), {"alpha": np.nan}, "alpha"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("hinge", [1], [1]), {}, "unknown loss 'hinge'.*cb_focal"),
+        (("bce", [1, 2], [1]), {}, "equal shape"),
+        (("wbce", [-1], [5]), {}, "not negative"),
+        (("wbce", [0], [0]), {}, "a film"),
+        (("wbce", [np.nan], [5]), {}, "counts"),
+        (("wbce", [1], [1]), {"scheme": "batch"}, "scheme.*'batch'"),
+        (("wbce", [1], [1]), {"scheme": "ratio", "counts": "batch"}, "scheme.*'ratio'"),
+        (("wbce", [1], [1]), {"counts": "epoch"}, "counts.*'train' or 'batch', not 'epoch'"),
+        (("cb_focal", [1], [1]), {"scale": "max"}, "scale.*'max'"),
+        (("cb_focal", [1], [1]), {"beta": 1.0}, "beta"),
+        (("focal", [1], [1]), {"gamma": -1}, "gamma"),
+        (("focal", [1], [1]), {"alpha": 1.2}, "alpha"),
+        (("focal", [1], [1]), {"alpha": np.nan}, "alpha"),
+    ],
+)
 def test_bad_arguments(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         loss_weights(*arguments, **options)

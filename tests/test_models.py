@@ -10,7 +10,7 @@ from torchvision.models import densenet121, resnet50
 from lib import models
 from lib.analysis.inference import stream
 from lib.data.batches import Batch
-from lib.data.nih import CLASSES
+from lib.data.release import CLASSES
 from lib.models import build_model, layers, load_model, read_weights
 
 
@@ -24,7 +24,10 @@ def released():
     """A state dict with torchvision's DenseNet121 names and random values."""
     generator = torch.Generator().manual_seed(0)
     state = densenet121(weights=None).state_dict()
-    return {name: torch.rand(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {
+        name: torch.rand(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
 
 
 def films(side=64, n=2, seed=0):
@@ -40,7 +43,7 @@ def same_trunk(model, state, prefix="features."):
     return len(ours) > 100 and all(torch.equal(tensor, state[prefix + name]) for name, tensor in ours.items())
 
 
-# --- shapes and layers ------------------------------------------------------------------------------------------------------------------
+# --- shapes and layers
 
 
 def test_tdensenet_maps(tdensenet):
@@ -68,7 +71,10 @@ def test_resnet50_maps():
     assert output.maps[cam].shape == (2, 2048, 2, 2) and output.maps[dissection].shape == (2, 1024, 4, 4)
     assert all((maps >= 0).all() for maps in output.maps.values())
     torch.testing.assert_close(output.logits, model.head(output.maps[cam].mean((2, 3))), rtol=1e-4, atol=1e-5)
-    assert sum(p.numel() for p in model.trunk.parameters()) == sum(p.numel() for p in resnet50(weights=None).parameters()) - 2048 * 1000 - 1000
+    assert (
+        sum(p.numel() for p in model.trunk.parameters())
+        == sum(p.numel() for p in resnet50(weights=None).parameters()) - 2048 * 1000 - 1000
+    )
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050", "convnext_atto"])
@@ -87,13 +93,16 @@ def test_a_transformer_is_refused(backbone):
         build_model(backbone, 3)
 
 
-@pytest.mark.parametrize(("name", "near"), [("densnet121", "densenet121"), ("resnet51", "resnet50"), ("tdensnet", "tdensenet"), ("resnet", "resnet")])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("densnet121", "densenet121"), ("resnet51", "resnet50"), ("tdensnet", "tdensenet"), ("resnet", "resnet")],
+)
 def test_an_unknown_backbone_names_near_ones(name, near):
     with pytest.raises(ValueError, match=rf"'{name}' is neither .*tdensenet.* nor a timm model; near it: .*{near}"):
         build_model(name, 3)
 
 
-# --- random weights ---------------------------------------------------------------------------------------------------------------------
+# --- random weights
 
 
 @pytest.mark.parametrize("backbone", ["tdensenet", "mobilenetv3_small_050"])
@@ -109,7 +118,7 @@ def test_weights_follow_from_the_seed_alone(backbone):
     assert sum(not torch.equal(one[name], other[name]) for name in one) > 20
 
 
-# --- weights files ----------------------------------------------------------------------------------------------------------------------
+# --- weights files
 
 
 def test_torchvision_file(tdensenet, released, tmp_path):
@@ -129,8 +138,10 @@ def test_wrapped_file_with_the_names_of_2017(released, tmp_path):
     def old(name):
         for part in ("norm", "conv"):
             for k in "12":
-                name = name.replace(f"denselayer{name.split('denselayer')[-1].split('.')[0]}.{part}{k}.",
-                                    f"denselayer{name.split('denselayer')[-1].split('.')[0]}.{part}.{k}.")
+                name = name.replace(
+                    f"denselayer{name.split('denselayer')[-1].split('.')[0]}.{part}{k}.",
+                    f"denselayer{name.split('denselayer')[-1].split('.')[0]}.{part}.{k}.",
+                )
         return name
 
     # Files of 2017 also lack num_batches_tracked.
@@ -138,7 +149,9 @@ def test_wrapped_file_with_the_names_of_2017(released, tmp_path):
     assert "features.denseblock1.denselayer1.norm.1.weight" in state and "features.transition1.norm.weight" in state
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "old.pth.tar")
     model = build_model("tdensenet", 1, str(tmp_path / "old.pth.tar"))
-    parameters = {name: parameter for name, parameter in model.trunk.named_parameters() if not name.startswith("norm5.")}
+    parameters = {
+        name: parameter for name, parameter in model.trunk.named_parameters() if not name.startswith("norm5.")
+    }
     assert all(torch.equal(parameter, released["features." + name]) for name, parameter in parameters.items())
 
 
@@ -146,7 +159,9 @@ def test_timm_file_whose_names_begin_like_torchvisions(tmp_path):
     source = build_model("densenet121", 2, seed=1)  # timm's, with a level `features`
     torch.save(source.trunk.state_dict(), tmp_path / "timm.pth")
     model = build_model("densenet121", 3, str(tmp_path / "timm.pth"), seed=2)
-    assert all(torch.equal(tensor, source.trunk.state_dict()[name]) for name, tensor in model.trunk.state_dict().items())
+    assert all(
+        torch.equal(tensor, source.trunk.state_dict()[name]) for name, tensor in model.trunk.state_dict().items()
+    )
 
 
 def test_file_of_a_run(tmp_path):
@@ -161,7 +176,10 @@ def test_file_of_a_run(tmp_path):
 
 def test_half_precision_file_is_read_as_float32(tmp_path):
     source = build_model("resnet18", 2, seed=1)
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in source.trunk.state_dict().items()}
+    halves = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in source.trunk.state_dict().items()
+    }
     save_file(halves, tmp_path / "half.safetensors")
     model = build_model("resnet18", 2, str(tmp_path / "half.safetensors"))
     assert next(model.parameters()).dtype == torch.float32
@@ -169,11 +187,17 @@ def test_half_precision_file_is_read_as_float32(tmp_path):
 
 def test_another_architecture_is_refused_by_the_tensors_name(released, tmp_path):
     torch.save(released, tmp_path / "densenet121.pth")
-    with pytest.raises(RuntimeError, match=r"densenet121.pth does not hold weights of resnet18: .* tensors are missing, the first is conv1.weight"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"densenet121.pth does not hold weights of resnet18: .* tensors are missing, the first is conv1.weight",
+    ):
         build_model("resnet18", 1, str(tmp_path / "densenet121.pth"))
     wide = dict(released) | {"features.conv0.weight": torch.zeros(64, 1, 7, 7)}
     torch.save(wide, tmp_path / "grey.pth")
-    with pytest.raises(RuntimeError, match=r"1 have another shape, the first is conv0.weight \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"1 have another shape, the first is conv0.weight \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)",
+    ):
         build_model("tdensenet", 1, str(tmp_path / "grey.pth"))
 
 
@@ -185,7 +209,9 @@ class Hostile:
         return exec, (f"open({str(self.path)!r}, 'w').close()",)
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda item, path: path.write_bytes(pickle.dumps(item, protocol=2))], ids=["torch", "pickle"])
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda item, path: path.write_bytes(pickle.dumps(item, protocol=2))], ids=["torch", "pickle"]
+)
 def test_a_hostile_file_is_refused_and_does_not_run(write, tmp_path):
     ran, path = tmp_path / "ran", tmp_path / "weights.pth"
     write({"state_dict": Hostile(ran)}, path)
@@ -226,7 +252,13 @@ def test_imagenet_weights_that_cannot_be_downloaded(backbone, tmp_path, monkeypa
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    with pytest.raises(RuntimeError, match=rf"ImageNet weights of {backbone} could not be downloaded .*not known.*set init to that local file.*init: scratch"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            rf"ImageNet weights of {backbone} could not be downloaded .*not known.*set init to that local "
+            rf"file.*init: scratch"
+        ),
+    ):
         build_model(backbone, 15, "imagenet")
 
 
@@ -238,11 +270,14 @@ def test_timm_weights_that_cannot_be_downloaded(monkeypatch):
         raise LocalEntryNotFoundError("check your connection")
 
     monkeypatch.setattr(builder, "load_state_dict_from_hf", unreachable)
-    with pytest.raises(RuntimeError, match="ImageNet weights of resnet18 could not be downloaded .*connection.*local file.*init: scratch"):
+    with pytest.raises(
+        RuntimeError,
+        match="ImageNet weights of resnet18 could not be downloaded .*connection.*local file.*init: scratch",
+    ):
         build_model("resnet18", 15, "imagenet")
 
 
-# --- finished runs ----------------------------------------------------------------------------------------------------------------------
+# --- finished runs
 
 
 def test_a_finished_run_comes_back_as_it_was(tdensenet, tmp_path):
@@ -256,7 +291,13 @@ def test_a_finished_run_comes_back_as_it_was(tdensenet, tmp_path):
 def test_a_run_of_another_kind_is_refused(tdensenet, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(tdensenet.state_dict(), path)
-    with pytest.raises(RuntimeError, match=r"not a tdensenet with 1 outputs: 2 tensors differ, the first is head.bias \(file: \(15,\), model: \(1,\)\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"not a tdensenet with 1 outputs: 2 tensors differ, the first is head.bias \(file: \(15,\), model: "
+            r"\(1,\)\)"
+        ),
+    ):
         load_model(path, "tdensenet", 1)
     with pytest.raises(RuntimeError, match=r"not a resnet18 with 15 outputs: .* \(file: .*, model: .*\)"):
         load_model(path, "resnet18", 15)
@@ -274,7 +315,11 @@ def test_torchvision_backbones_are_torchvisions(backbone):
 
     theirs = getattr(torchvision.models, backbone)(weights=None).eval()
     model = models.build_model(backbone, 2).eval()
-    trunk = {name.removeprefix("features."): tensor for name, tensor in theirs.state_dict().items() if name.startswith("features.")}
+    trunk = {
+        name.removeprefix("features."): tensor
+        for name, tensor in theirs.state_dict().items()
+        if name.startswith("features.")
+    }
     model.trunk.load_state_dict(trunk)
     films = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -309,7 +354,8 @@ def test_the_small_transformer_says_what_it_takes():
 
 
 def chexnet_file(path, change=None):
-    """A checkpoint as arnoweng/CheXNet stores it: DataParallel, layer names of 2017, 14 classes, a sigmoid without weights."""
+    """A checkpoint as arnoweng/CheXNet stores it: DataParallel, layer names of 2017, 14 classes, a sigmoid without
+    weights."""
     source = models.build_model("densenet121", 14, seed=3)
     state = {}
     for name, tensor in source.state_dict().items():

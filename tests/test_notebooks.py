@@ -29,7 +29,9 @@ def test_parameters_cell_is_the_one_that_lib_params_prints(path):
     tagged = [cell for cell in cells(path) if is_parameters(cell)]
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
     kind = {"00": "study", "05": "study", "08": "intention"}.get(path.stem[:2], "run")
-    values = load(ROOT / "params" / "studies" / "demo_rsna.yaml") if kind == "intention" else None  # 08 runs as it stands, too
+    values = (
+        load(ROOT / "params" / "studies" / "demo_rsna.yaml") if kind == "intention" else None
+    )  # 08 runs as it stands, too
     expected = parameters_cell(Run if kind == "run" else Study, values)
     assert tagged[0].source == expected, f"paste the output of: python -m lib.params cell {kind}"
 
@@ -52,7 +54,9 @@ def test_is_short_and_defines_nothing(path):
     assert statistics.median(len(source.splitlines()) for source in code) <= 8
     for source in code:
         tree = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith("%")))
-        assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))], source
+        assert not [
+            node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
+        ], source
 
 
 def test_opens_with_a_title_and_closes_with_its_finding(path):

@@ -27,7 +27,7 @@ def elsewhere(tmp_path, monkeypatch):
     return write
 
 
-# --- the files of the repository --------------------------------------------------------------------------------------------------------
+# --- the files of the repository
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -51,18 +51,34 @@ def test_the_grid_has_a_file_each():
 
 def test_nih_is_the_papers_recipe():
     study = load_study("nih", data_root="somewhere")
-    recipe = {"release": "nih", "init": "imagenet", "learning_rate": 4e-4, "weight_decay": 1e-6, "epochs": 50, "batch_size": 512, "image_size": 224}
+    recipe = {
+        "release": "nih",
+        "init": "imagenet",
+        "learning_rate": 4e-4,
+        "weight_decay": 1e-6,
+        "epochs": 50,
+        "batch_size": 512,
+        "image_size": 224,
+    }
     assert {key: getattr(study, key) for key in recipe} == recipe
     assert study.no_finding_output and set(study.runs) == set(GRID) and study.store_size == 256
     with pytest.raises(ParameterError, match="data_root is empty.*DATA_ROOT="):
         load_study("nih")
 
 
-# --- values -----------------------------------------------------------------------------------------------------------------------------
+# --- values
 
 
-@pytest.mark.parametrize(("key", "near"), [
-    ("learning_rat", "learning_rate"), ("epoch", "epochs"), ("Loss", "loss"), ("dataroot", "data_root"), ("weightdecay", "weight_decay")])
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("epoch", "epochs"),
+        ("Loss", "loss"),
+        ("dataroot", "data_root"),
+        ("weightdecay", "weight_decay"),
+    ],
+)
 def test_a_misspelt_key_names_the_nearest(key, near):
     with pytest.raises(ParameterError, match=f"my file: {key}: no such parameter; did you mean {near}\\?"):
         Run.build({key: 1}, "my file")
@@ -73,27 +89,72 @@ def test_a_key_near_nothing_is_still_refused():
         Run.build({"zzzzzz": 1})
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("epochs", 0), ("epochs", 2.5), ("epochs", "many"), ("batch_size", 1), ("learning_rate", 0), ("learning_rate", -1e-3), ("learning_rate", math.nan),
-    ("learning_rate", math.inf), ("weight_decay", -1), ("validation_fraction", 0), ("validation_fraction", 1), ("image_size", 16), ("image_size", 4096),
-    ("phantom_films", 1), ("alpha", 1.5), ("gamma", -1), ("beta", 1.0), ("jitter", 1.0), ("loss", "hinge"), ("task", "ternary"), ("device", "gpu"), ("gpus", 0),
-    ("checkpoint", "first"), ("cam_method", "gradcam"), ("connectivity", 6), ("dissection_quantile", 1), ("concept_resolution", "film"), ("precision", "fp8"),
-    ("wbce_scheme", "batch"), ("cb_scale", "max"), ("seed", -1), ("seed", 2**31), ("seeds", []), ("runs", []), ("study", "a/b"), ("study", ""),
-    ("study", "a\n"), ("init", ""), ("n_replicates", -1), ("final_learning_rate", 2), ("skip_bad_films", "perhaps"), ("epochs", None),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 2.5),
+        ("epochs", "many"),
+        ("batch_size", 1),
+        ("learning_rate", 0),
+        ("learning_rate", -1e-3),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("weight_decay", -1),
+        ("validation_fraction", 0),
+        ("validation_fraction", 1),
+        ("image_size", 16),
+        ("image_size", 4096),
+        ("phantom_films", 1),
+        ("alpha", 1.5),
+        ("gamma", -1),
+        ("beta", 1.0),
+        ("jitter", 1.0),
+        ("loss", "hinge"),
+        ("task", "ternary"),
+        ("device", "gpu"),
+        ("gpus", 0),
+        ("checkpoint", "first"),
+        ("cam_method", "gradcam"),
+        ("connectivity", 6),
+        ("dissection_quantile", 1),
+        ("concept_resolution", "film"),
+        ("precision", "fp8"),
+        ("wbce_scheme", "batch"),
+        ("cb_scale", "max"),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("seeds", []),
+        ("runs", []),
+        ("study", "a/b"),
+        ("study", ""),
+        ("study", "a\n"),
+        ("init", ""),
+        ("n_replicates", -1),
+        ("final_learning_rate", 2),
+        ("skip_bad_films", "perhaps"),
+        ("epochs", None),
+    ],
+)
 def test_out_of_range(key, value):
     with pytest.raises(ParameterError, match=f"^here: {key}: .*got "):
         Run.build({key: value}, "here")
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"seeds": [0, -1]}, r"seeds.1: .*got -1"),
-    ({"seeds": [0, 1, 0]}, "seeds: names an entry twice"),
-    ({"runs": ["binary-resnet50-bce", "binary-resnet50-bce"]}, "runs: names an entry twice"),
-    ({"runs": ["binary-resnet50-bec"]}, r"runs: no file params/runs/binary-resnet50-bec.yaml; did you mean binary-resnet50-bce\?"),
-    ({"release": "nih"}, "data_root is empty"),
-    ({"epochs": 0, "loss": "hinge", "sed": 1}, "epochs: .*loss: .*sed: no such parameter; did you mean seed"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seeds": [0, -1]}, r"seeds.1: .*got -1"),
+        ({"seeds": [0, 1, 0]}, "seeds: names an entry twice"),
+        ({"runs": ["binary-resnet50-bce", "binary-resnet50-bce"]}, "runs: names an entry twice"),
+        (
+            {"runs": ["binary-resnet50-bec"]},
+            r"runs: no file params/runs/binary-resnet50-bec.yaml; did you mean binary-resnet50-bce\?",
+        ),
+        ({"release": "nih"}, "data_root is empty"),
+        ({"epochs": 0, "loss": "hinge", "sed": 1}, "epochs: .*loss: .*sed: no such parameter; did you mean seed"),
+    ],
+)
 def test_what_a_list_or_several_keys_get_wrong(values, message):
     with pytest.raises(ParameterError, match=message):
         Run.build(values)
@@ -108,7 +169,7 @@ def test_numbers_that_yaml_reads_as_text():
     assert Study.build(yaml.safe_load("learning_rate: 1e-3")).learning_rate == 1e-3  # yaml 1.1 wants 1.0e-3
 
 
-# --- paths ------------------------------------------------------------------------------------------------------------------------------
+# --- paths
 
 
 def test_paths(monkeypatch):
@@ -130,7 +191,7 @@ def test_data_root_is_absolute_or_from_the_repository(tmp_path):
     assert "phantom" not in Study(release="nih", data_root="x").data_label
 
 
-# --- files and overrides ----------------------------------------------------------------------------------------------------------------
+# --- files and overrides
 
 
 def test_a_run_is_its_study_and_its_own_file(elsewhere):
@@ -148,14 +209,20 @@ def test_overrides_win_and_are_checked(elsewhere):
         load_study("small", epocs=1)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("study: broken\nmodel:\n  epochs: 3\n", "broken.yaml: must hold flat"),
-    ("- a\n- b\n", "broken.yaml: must hold flat"),
-    ("", "broken.yaml: must hold flat"),
-    ("study: [broken\n", "broken.yaml: not valid yaml"),
-    ("study: other\nruns: [binary-resnet50-bce]\n", "study says 'other'.*file's own name"),
-    ("study: broken\nruns: [binary-resnet50-bce]\nepoch: 3\n", "params/studies/broken.yaml: epoch: no such parameter; did you mean epochs"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study: broken\nmodel:\n  epochs: 3\n", "broken.yaml: must hold flat"),
+        ("- a\n- b\n", "broken.yaml: must hold flat"),
+        ("", "broken.yaml: must hold flat"),
+        ("study: [broken\n", "broken.yaml: not valid yaml"),
+        ("study: other\nruns: [binary-resnet50-bce]\n", "study says 'other'.*file's own name"),
+        (
+            "study: broken\nruns: [binary-resnet50-bce]\nepoch: 3\n",
+            "params/studies/broken.yaml: epoch: no such parameter; did you mean epochs",
+        ),
+    ],
+)
 def test_a_study_file_that_is_wrong(elsewhere, text, message):
     elsewhere("studies", "broken", text)
     with pytest.raises(ParameterError, match=message):
@@ -178,19 +245,28 @@ def test_a_study_of_08_leaves_nothing_to_its_other_defaults(elsewhere):
     assert load_study("own").phantom_seed == 0
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("task: multilabel\nbackbone: resnet50\nloss: bce\n", "binary-resnet50-focal.yaml: describes multilabel-resnet50-bce; .*<task>-<backbone>-<loss>"),
-    ("task: binary\nbackbone: resnet50\nloss: focul\n", "binary-resnet50-focal.yaml on study small: loss: .*got 'focul'"),
-    ("task: binary\nbackbone: resnet50\nlos: focal\n", r"los: no such parameter; did you mean loss\?"),
-    ("", "binary-resnet50-focal.yaml: must hold flat"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "task: multilabel\nbackbone: resnet50\nloss: bce\n",
+            "binary-resnet50-focal.yaml: describes multilabel-resnet50-bce; .*<task>-<backbone>-<loss>",
+        ),
+        (
+            "task: binary\nbackbone: resnet50\nloss: focul\n",
+            "binary-resnet50-focal.yaml on study small: loss: .*got 'focul'",
+        ),
+        ("task: binary\nbackbone: resnet50\nlos: focal\n", r"los: no such parameter; did you mean loss\?"),
+        ("", "binary-resnet50-focal.yaml: must hold flat"),
+    ],
+)
 def test_a_run_file_that_is_wrong(elsewhere, text, message):
     elsewhere("runs", "binary-resnet50-focal", text)
     with pytest.raises(ParameterError, match=message):
         load_study("small", runs=["binary-resnet50-bce", "binary-resnet50-focal"])
 
 
-# --- notebooks --------------------------------------------------------------------------------------------------------------------------
+# --- notebooks
 
 
 @pytest.mark.parametrize("model", [Study, Run])
@@ -204,7 +280,17 @@ def test_the_parameters_cell_holds_every_default(model):
 
 
 def test_a_notebooks_own_names_are_not_parameters():
-    namespace = {"__name__": "__main__", "_ih": [], "In": [], "Out": {}, "exit": print, "get_ipython": print, "yaml": yaml, "Run": Run, "load": load}
+    namespace = {
+        "__name__": "__main__",
+        "_ih": [],
+        "In": [],
+        "Out": {},
+        "exit": print,
+        "get_ipython": print,
+        "yaml": yaml,
+        "Run": Run,
+        "load": load,
+    }
     assert Run.from_notebook({**namespace, "epochs": 3, "loss": "bce"}) == Run(epochs=3, loss="bce")
 
 
@@ -231,7 +317,9 @@ def test_a_task_goes_with_its_release():
 
 
 def test_lenses_look_at_runs_of_the_study():
-    with pytest.raises(ParameterError, match="attribution names binary-resnet50-bce, which is none of the study's runs"):
+    with pytest.raises(
+        ParameterError, match="attribution names binary-resnet50-bce, which is none of the study's runs"
+    ):
         Study.build({"runs": ["binary-tdensenet-bce"], "attribution": ["binary-resnet50-bce"]})
     fewer = load_study("demo", runs=["multilabel-tdensenet-focal"])
     assert fewer.attribution == fewer.features == ["multilabel-tdensenet-focal"]
@@ -254,13 +342,20 @@ def test_the_selected_class():
 def test_siblings_differ_in_the_loss_alone_and_hold_the_run_itself():
     runs = ["multilabel-tdensenet-bce", "multilabel-resnet50-bce", "multilabel-tdensenet-focal", "binary-tdensenet-bce"]
     run = Run.build({"runs": runs, "seed": 3})
-    assert [(other.name, other.seed) for other in run.siblings] == [("multilabel-tdensenet-bce", 3), ("multilabel-tdensenet-focal", 3)]
+    assert [(other.name, other.seed) for other in run.siblings] == [
+        ("multilabel-tdensenet-bce", 3),
+        ("multilabel-tdensenet-focal", 3),
+    ]
     assert run.siblings[1] is run
-    own = Run.build({"runs": runs, "backbone": "mobilenetv3_small_100"})  # given on the command line: it has no file in params/runs
+    own = Run.build(
+        {"runs": runs, "backbone": "mobilenetv3_small_100"}
+    )  # given on the command line: it has no file in params/runs
     assert own.siblings == [own]
 
 
 def test_chexnet_files_are_those_named_from_the_projects_root(tmp_path):
     assert Run.build({}).chexnet_files == {}
-    found = Run.build({"chexnet": "weights/model.pth.tar", "chexnet_train_list": str(tmp_path / "train.txt")}).chexnet_files
+    found = Run.build(
+        {"chexnet": "weights/model.pth.tar", "chexnet_train_list": str(tmp_path / "train.txt")}
+    ).chexnet_files
     assert found == {"chexnet": ROOT / "weights" / "model.pth.tar", "chexnet_train_list": tmp_path / "train.txt"}

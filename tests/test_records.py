@@ -12,8 +12,15 @@ from safetensors.torch import load_file, save_file
 from lib import params, records
 from lib.params import Study
 
-FRAME = pd.DataFrame({"image": ["00000001_000.png", "00000002_000.png"], "patient": ["1", "2"], "n": np.array([1, 2], np.int32),
-                      "value": [0.1 + 0.2, np.nan], "small": np.array([1e-30, 3], np.float32)})
+FRAME = pd.DataFrame(
+    {
+        "image": ["00000001_000.png", "00000002_000.png"],
+        "patient": ["1", "2"],
+        "n": np.array([1, 2], np.int32),
+        "value": [0.1 + 0.2, np.nan],
+        "small": np.array([1e-30, 3], np.float32),
+    }
+)
 
 
 def write_old(path):
@@ -21,7 +28,7 @@ def write_old(path):
     return path
 
 
-# --- whole or not at all ----------------------------------------------------------------------------------------------------------------
+# --- whole or not at all
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -54,11 +61,21 @@ def test_permissions_are_those_of_a_plain_new_file(tmp_path, mask, expected):
         (tmp_path / "plain.txt").write_text("x")
     finally:
         assert os.umask(before) == mask  # and the mask itself was left alone
-    assert stat.S_IMODE((tmp_path / "x.txt").stat().st_mode) == stat.S_IMODE((tmp_path / "plain.txt").stat().st_mode) == expected
+    assert (
+        stat.S_IMODE((tmp_path / "x.txt").stat().st_mode)
+        == stat.S_IMODE((tmp_path / "plain.txt").stat().st_mode)
+        == expected
+    )
 
 
-@pytest.mark.parametrize("write", [
-    lambda path: records.write_text("new", path), lambda path: records.write_json({"a": 1}, path), lambda path: records.write_table(FRAME, path)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: records.write_text("new", path),
+        lambda path: records.write_json({"a": 1}, path),
+        lambda path: records.write_table(FRAME, path),
+    ],
+)
 def test_a_full_disk_is_named_with_its_file(tmp_path, monkeypatch, write):
     path = write_old(tmp_path / "record.csv")
 
@@ -66,19 +83,27 @@ def test_a_full_disk_is_named_with_its_file(tmp_path, monkeypatch, write):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"no space left on the disk while writing .*record.csv; nothing was replaced") as caught:
+    with pytest.raises(
+        OSError, match=r"no space left on the disk while writing .*record.csv; nothing was replaced"
+    ) as caught:
         write(path)
     assert caught.value.errno == errno.ENOSPC
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["record.csv"]
 
 
-@pytest.mark.parametrize(("error", "free"), [
-    (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"), 4096),  # torch.save
-    (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), 10**9),  # safetensors
-])
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"), 4096),  # torch.save
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), 10**9),  # safetensors
+    ],
+)
 def test_a_full_disk_is_named_whatever_the_writer_raises(tmp_path, monkeypatch, error, free):
     monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free}))
-    with pytest.raises(OSError, match="no space left .*model.safetensors"), records.atomic(tmp_path / "model.safetensors"):
+    with (
+        pytest.raises(OSError, match="no space left .*model.safetensors"),
+        records.atomic(tmp_path / "model.safetensors"),
+    ):
         raise error
     assert os.listdir(tmp_path) == []
 
@@ -90,7 +115,7 @@ def test_other_errors_pass_as_they_are(tmp_path, error):
     assert caught.value is error and os.listdir(tmp_path) == []
 
 
-# --- round trips ------------------------------------------------------------------------------------------------------------------------
+# --- round trips
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -99,7 +124,11 @@ def test_tables(tmp_path, suffix):
     records.write_table(FRAME.set_index(pd.Index([7, 9])), path)
     back = records.read_table(path)
     assert list(back.columns) == list(FRAME.columns)
-    assert back["image"].tolist() == FRAME["image"].tolist() and back["value"].iloc[0] == 0.1 + 0.2 and np.isnan(back["value"].iloc[1])
+    assert (
+        back["image"].tolist() == FRAME["image"].tolist()
+        and back["value"].iloc[0] == 0.1 + 0.2
+        and np.isnan(back["value"].iloc[1])
+    )
     if suffix == "parquet":
         pd.testing.assert_frame_equal(back, FRAME)
 
@@ -116,7 +145,9 @@ def test_json(tmp_path):
     assert records.read_json(tmp_path / "run.json") == record
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float64("nan"), np.float32("nan"), np.int64(3), torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), np.float64("nan"), np.float32("nan"), np.int64(3), torch.tensor(1.0)]
+)
 def test_json_refuses_what_it_cannot_give_back(tmp_path, value):
     path = write_old(tmp_path / "run.json")
     with pytest.raises((ValueError, TypeError)):
@@ -125,7 +156,9 @@ def test_json_refuses_what_it_cannot_give_back(tmp_path, value):
 
 
 def test_tensors(tmp_path):
-    with records.atomic(tmp_path / "model.safetensors") as temporary:  # safetensors moves a file of its own onto the temporary one
+    with records.atomic(
+        tmp_path / "model.safetensors"
+    ) as temporary:  # safetensors moves a file of its own onto the temporary one
         save_file({"a": torch.arange(5)}, temporary)
     assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [0, 1, 2, 3, 4]
     assert os.listdir(tmp_path) == ["model.safetensors"]
@@ -139,10 +172,12 @@ def test_figures(tmp_path):
     for _ in range(2):
         records.write_figure(figure, tmp_path / "figures" / "fig1", dpi=50)
     assert sorted(os.listdir(tmp_path / "figures")) == ["fig1.pdf", "fig1.png"]
-    assert (tmp_path / "figures" / "fig1.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "figures" / "fig1.pdf").read_bytes()[:4] == b"%PDF"
+    assert (tmp_path / "figures" / "fig1.png").read_bytes()[:4] == b"\x89PNG" and (
+        tmp_path / "figures" / "fig1.pdf"
+    ).read_bytes()[:4] == b"%PDF"
 
 
-# --- all runs of a study ----------------------------------------------------------------------------------------------------------------
+# --- all runs of a study
 
 
 def test_runs_are_stacked_in_order_and_the_missing_are_named(tmp_path, monkeypatch):
@@ -151,12 +186,23 @@ def test_runs_are_stacked_in_order_and_the_missing_are_named(tmp_path, monkeypat
     study = Study(runs=["binary-resnet50-focal", "multilabel-tdensenet-bce"], seeds=[1, 0])
     runs = [study.run(name, seed) for name in study.runs for seed in study.seeds]
     for value, run in enumerate(runs[:2]):
-        records.write_table(pd.DataFrame({"class": ["Average"], "auroc": [float(value)]}), run.run_folder / "metrics.csv")
-    with pytest.raises(FileNotFoundError, match="metrics.csv is missing in multilabel-tdensenet-bce/seed1, multilabel-tdensenet-bce/seed0 of .*01 to 04"):
+        records.write_table(
+            pd.DataFrame({"class": ["Average"], "auroc": [float(value)]}), run.run_folder / "metrics.csv"
+        )
+    with pytest.raises(
+        FileNotFoundError,
+        match="metrics.csv is missing in multilabel-tdensenet-bce/seed1, multilabel-tdensenet-bce/seed0 of .*01 to 04",
+    ):
         records.read_runs(study, "metrics.csv")
     for value, run in enumerate(runs[2:], 2):
-        records.write_table(pd.DataFrame({"class": ["Average"], "auroc": [float(value)]}), run.run_folder / "metrics.csv")
+        records.write_table(
+            pd.DataFrame({"class": ["Average"], "auroc": [float(value)]}), run.run_folder / "metrics.csv"
+        )
     table = records.read_runs(study, "metrics.csv")
     assert table["auroc"].tolist() == [0, 1, 2, 3] and table.index.tolist() == [0, 1, 2, 3]
     assert table[["task", "backbone", "loss", "seed"]].values.tolist() == [
-        ["binary", "resnet50", "focal", 1], ["binary", "resnet50", "focal", 0], ["multilabel", "tdensenet", "bce", 1], ["multilabel", "tdensenet", "bce", 0]]
+        ["binary", "resnet50", "focal", 1],
+        ["binary", "resnet50", "focal", 0],
+        ["multilabel", "tdensenet", "bce", 1],
+        ["multilabel", "tdensenet", "bce", 0],
+    ]

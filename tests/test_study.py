@@ -23,14 +23,40 @@ RUNS = ("multilabel-tdensenet-focal", "binary-tdensenet-bce")
 DIGITS = ("digits-small_cnn-bce", "digits-small_transformer-bce")
 LENSES = ("01_train", "02_metrics", "03_cam_alignment", "04_dissection")
 PROJECT = ("lib", "notebooks", "params", "Snakefile", "Makefile", "pyproject.toml", "requirements.lock")
-OF_A_RUN = {"model.safetensors", "model_last.safetensors", "run.json", "training.csv", "predictions.parquet", "metrics.csv",
-            "cam_alignment.parquet", "concepts.parquet"}
-OF_METRICS = {"class", "n_positive", "n_negative", "prevalence", "auroc", "auroc_ci_low", "auroc_ci_high", "ap", "ap_ci_low", "ap_ci_high",
-              "mean_probability", "mean_probability_ci_low", "mean_probability_ci_high", "brier", "ece"}
+OF_A_RUN = {
+    "model.safetensors",
+    "model_last.safetensors",
+    "run.json",
+    "training.csv",
+    "predictions.parquet",
+    "metrics.csv",
+    "cam_alignment.parquet",
+    "concepts.parquet",
+}
+OF_METRICS = {
+    "class",
+    "n_positive",
+    "n_negative",
+    "prevalence",
+    "auroc",
+    "auroc_ci_low",
+    "auroc_ci_high",
+    "ap",
+    "ap_ci_low",
+    "ap_ci_high",
+    "mean_probability",
+    "mean_probability_ci_low",
+    "mean_probability_ci_high",
+    "brier",
+    "ece",
+}
 OF_ALIGNMENT = {"image", "patient", "class", "n_boxes", "box_area", "cam_mass", "iobb", "ior", "iou", "logit"}
 TABLES = {f"{name}.{suffix}" for name in ("table1_alignment", "table2_concepts") for suffix in ("csv", "md", "tex")}
-FIGURES = {f"{name}.{suffix}" for name in ("fig1a_cams_multilabel", "fig1b_cams_binary", "fig2_performance")
-           for suffix in ("png", "pdf")}
+FIGURES = {
+    f"{name}.{suffix}"
+    for name in ("fig1a_cams_multilabel", "fig1b_cams_binary", "fig2_performance")
+    for suffix in ("png", "pdf")
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -44,22 +70,35 @@ def project(tmp_path_factory):
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, folder / name)
     studies = folder / "params" / "studies"
-    (studies / "no_films.yaml").write_text("study: no_films\nrelease: nih\ndata_root: /there/is/no/such/folder\ninit: scratch\n")
+    (studies / "no_films.yaml").write_text(
+        "study: no_films\nrelease: nih\ndata_root: /there/is/no/such/folder\ninit: scratch\n"
+    )
     (studies / "misspelt.yaml").write_text("study: misspelt\nlearningrate: 0.1\n")
     return folder
 
 
 def environment(**changes):
-    """As from a shell in which the environment is activated; without `OUTPUTS`, results go to the project's own folder."""
+    """As from a shell in which the environment is activated; without `OUTPUTS`, results go to the project's own
+    folder."""
     kept = {key: value for key, value in os.environ.items() if key != "OUTPUTS" and not key.startswith("PYTEST")}
-    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"} | changes
+    return (
+        kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"} | changes
+    )
 
 
 def start(project, *arguments, **changes):
     """`make study` as a user calls it, but for the set-up of the environment."""
     command = ["make", "--no-print-directory", "--old-file=setup", "study", "JOBS=2", *arguments]
-    return subprocess.Popen(command, cwd=project, env=environment(**changes), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=project,
+        env=environment(**changes),
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def make_study(project, *arguments, **changes):
@@ -74,12 +113,22 @@ def make_study(project, *arguments, **changes):
 
 def dry_run(project, *arguments, **changes):
     """Counts of the jobs that `make study` would run."""
-    def output(command, **options):
-        return subprocess.run(command, cwd=project, env=environment(**changes), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              **options)
 
-    shown = output(["make", "--no-print-directory", "-n", "--old-file=setup", "study", "JOBS=2", *arguments], check=True).stdout
-    command = shown[shown.index("snakemake"):].split("||")[0].replace("\\\n", " ")
+    def output(command, **options):
+        return subprocess.run(
+            command,
+            cwd=project,
+            env=environment(**changes),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+
+    shown = output(
+        ["make", "--no-print-directory", "-n", "--old-file=setup", "study", "JOBS=2", *arguments], check=True
+    ).stdout
+    command = shown[shown.index("snakemake") :].split("||")[0].replace("\\\n", " ")
     done = output(f"{command} --dry-run --quiet rules", shell=True)
     assert done.returncode == 0 and "Exception" not in done.stdout, done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -114,10 +163,14 @@ def test_every_promised_name_is_on_disk(study):
         assert record["status"] == "finished" and record["run"] == name
         assert len(pd.read_csv(run / "training.csv")) == record["parameters"]["epochs"] == 2
         weights = load_file(run / "model.safetensors")
-        assert weights["head.weight"].shape == (len(record["classes"]), 512) and all(tensor.isfinite().all() for tensor in weights.values())
+        assert weights["head.weight"].shape == (len(record["classes"]), 512) and all(
+            tensor.isfinite().all() for tensor in weights.values()
+        )
     assert {path.name for path in (folder / "tables").iterdir()} >= TABLES
     assert {path.name for path in (folder / "figures").iterdir()} >= FIGURES
-    assert all(path.stat().st_size > 0 for path in folder.rglob("*") if path.is_file() and not path.name.endswith("lock"))
+    assert all(
+        path.stat().st_size > 0 for path in folder.rglob("*") if path.is_file() and not path.name.endswith("lock")
+    )
     assert not [path for path in folder.rglob(".*") if not path.name.endswith(".lock")], "half-written files"
 
 
@@ -136,13 +189,36 @@ def test_records_have_the_promised_columns(study):
         assert set(records.read_table(run / "concepts.parquet")) >= {"image", "patient", "disjoint", "unique"}
     run = folder / RUNS[0] / "seed0"
     attribution = records.read_table(run / "attribution.parquet")
-    assert set(attribution) >= {"image", "patient", "class", "method", "threshold", "iou_lesion", "iou_background", "mean_iou"}
+    assert set(attribution) >= {
+        "image",
+        "patient",
+        "class",
+        "method",
+        "threshold",
+        "iou_lesion",
+        "iou_background",
+        "mean_iou",
+    }
     assert set(attribution["method"]) == {"cam", "lrp", "rap"} and attribution["iou_lesion"].between(0, 1).all()
     importance = records.read_table(run / "importance.parquet")
-    assert set(importance) >= {"class", "feature", "method", "train", "test"} and len(importance) == 15 * 512 * importance["method"].nunique()
+    assert (
+        set(importance) >= {"class", "feature", "method", "train", "test"}
+        and len(importance) == 15 * 512 * importance["method"].nunique()
+    )
     for name in DIGITS:
         consistency = records.read_table(folder.parent / "smoke_digits" / name / "seed0" / "li_table1.csv")
-        assert set(consistency["method"]) == {"grad", "hires", "gradpp", "xgrad", "cam", "layer", "score", "smooth_gradpp", "ss", "is"}
+        assert set(consistency["method"]) == {
+            "grad",
+            "hires",
+            "gradpp",
+            "xgrad",
+            "cam",
+            "layer",
+            "score",
+            "smooth_gradpp",
+            "ss",
+            "is",
+        }
     shares = records.read_table(folder.parent / "smoke_rsna" / "tables" / "intention.csv")
     assert set(shares) >= {"model", "kind", "method", "region", "value", "area", "gain"}
 
@@ -151,8 +227,16 @@ def test_the_papers_tables_are_on_disk(study):
     run = study[0] / RUNS[0] / "seed0"
     for name in ("table2_mean_iou", "table2_iou_lesion", "li_table1", "li_table2", "li_table3", "li_table4"):
         assert "paper" in (run / f"{name}.md").read_text() and (run / f"{name}.tex").stat().st_size
-    for name in ("fig_heatmaps", "fig_iou_lesion_by_threshold", "fig6_methods", "fig8_scaled_cams", "fig9_consistency", "fig10_selection",
-                 "fig11_importance_all", "fig11_importance_own"):
+    for name in (
+        "fig_heatmaps",
+        "fig_iou_lesion_by_threshold",
+        "fig6_methods",
+        "fig8_scaled_cams",
+        "fig9_consistency",
+        "fig10_selection",
+        "fig11_importance_all",
+        "fig11_importance_own",
+    ):
         assert (run / f"{name}.png").stat().st_size and (run / f"{name}.pdf").stat().st_size
 
 
@@ -176,7 +260,9 @@ def test_executed_notebooks_are_whole_and_free_of_errors(study):
 def test_progress_is_visible(study):
     _, said = study
     steps = re.findall(r"(\d+) of (\d+) steps", said)
-    assert [int(done) for done, _ in steps] == list(range(1, len(steps) + 1)) and {int(total) for _, total in steps} == {len(steps)}
+    assert [int(done) for done, _ in steps] == list(range(1, len(steps) + 1)) and {
+        int(total) for _, total in steps
+    } == {len(steps)}
     assert 10 < len(steps) < 21  # the killed call had finished some
     assert "100%" in said and "(100%) done" in said
     assert "epoch 2/2" in said and "validation AUROC" in said or "already trained" in said
@@ -206,13 +292,20 @@ def test_a_failing_notebook_is_kept_and_nothing_is_published(project, tmp_path):
     assert status != 0 and "/there/is/no/such/folder" in said
     notebook = nbformat.read(tmp_path / "no_films" / "00_data.ipynb", as_version=4)
     assert notebook.metadata.papermill.exception is True
-    assert any("/there/is/no/such/folder" in output.get("evalue", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert any(
+        "/there/is/no/such/folder" in output.get("evalue", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+    )
     assert [path.name for path in (tmp_path / "no_films").rglob("*") if path.is_file()] == ["00_data.ipynb"]
 
 
 def test_a_misspelt_parameter_stops_before_any_work(project, tmp_path):
     status, said = make_study(project, "STUDY=misspelt", OUTPUTS=str(tmp_path))
-    assert status != 0 and "params/studies/misspelt.yaml: learningrate: no such parameter; did you mean learning_rate?" in said
+    assert (
+        status != 0
+        and "params/studies/misspelt.yaml: learningrate: no such parameter; did you mean learning_rate?" in said
+    )
     assert "Building DAG" not in said and "Traceback" not in said and not (tmp_path / "misspelt").exists()
 
 
@@ -231,17 +324,35 @@ def test_imagenet_weights_that_cannot_be_had_stop_before_any_work(project, small
 
 
 OF_ALL = {"data": 1, "train": 16, "metrics": 16, "cam_alignment": 16, "dissection": 16, "figures": 1, "all": 1}
-# Of the demo besides: two pretexts, from which its backbones start, and its companions: pneumonia (3 runs), the confounder (1), digits (2).
+# Of the demo besides: two pretexts, from which its backbones start, and its companions: pneumonia (3 runs), the
+# confounder (1), digits (2).
 OF_DEMO = {**OF_ALL, "pretext": 2, "data": 4, "train": 22, "attribution": 2, "features": 7, "intention": 1}
 
 
-@pytest.mark.parametrize("study, arguments, expected", [
-    ("demo", [], OF_DEMO),
-    ("nih_sample", ["DATA_ROOT=films"], {**OF_ALL, "attribution": 3, "features": 2}),
-    ("nih", ["DATA_ROOT=films", "PROFILE=slurm"], {**OF_ALL, "attribution": 4, "features": 4}),
-    ("nih_sample", ["DATA_ROOT=films", f"RUNS={' '.join(RUNS)}"],
-     {"data": 1, "train": 2, "metrics": 2, "cam_alignment": 2, "dissection": 2, "figures": 1, "attribution": 1, "features": 1, "all": 1}),
-    ("rsna", ["DATA_ROOT=films"], {"data": 1, "train": 3, "intention": 1, "all": 1})])
+@pytest.mark.parametrize(
+    "study, arguments, expected",
+    [
+        ("demo", [], OF_DEMO),
+        ("nih_sample", ["DATA_ROOT=films"], {**OF_ALL, "attribution": 3, "features": 2}),
+        ("nih", ["DATA_ROOT=films", "PROFILE=slurm"], {**OF_ALL, "attribution": 4, "features": 4}),
+        (
+            "nih_sample",
+            ["DATA_ROOT=films", f"RUNS={' '.join(RUNS)}"],
+            {
+                "data": 1,
+                "train": 2,
+                "metrics": 2,
+                "cam_alignment": 2,
+                "dissection": 2,
+                "figures": 1,
+                "attribution": 1,
+                "features": 1,
+                "all": 1,
+            },
+        ),
+        ("rsna", ["DATA_ROOT=films"], {"data": 1, "train": 3, "intention": 1, "all": 1}),
+    ],
+)
 def test_a_study_is_its_runs_and_their_notebooks(project, study, arguments, expected, tmp_path):
     jobs = dry_run(project, f"STUDY={study}", *arguments, OUTPUTS=str(tmp_path))
     assert jobs.pop("total") == sum(jobs.values())
@@ -250,11 +361,15 @@ def test_a_study_is_its_runs_and_their_notebooks(project, study, arguments, expe
 
 def test_make_passes_on_what_it_is_given(project):
     def shown(*arguments):
-        return subprocess.run(["make", "-n", *arguments], cwd=project, env=environment(), capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["make", "-n", *arguments], cwd=project, env=environment(), capture_output=True, text=True, check=True
+        ).stdout
 
     demo = shown("demo", "GPUS=0")
     assert "--require-hashes -r requirements.lock" in demo and "study=demo" in demo and "gpu" not in demo
     study = shown("study", "STUDY=nih", "DATA_ROOT=x", "RUNS=a b", "GPUS=3", "JOBS=5")
     assert f"data_root='{project}/x'" in study and "runs='a b'" in study and "--cores 5 --resources gpu=3" in study
-    assert "--profile params/profiles/slurm" in shown("study", "PROFILE=slurm") and "--cores" not in shown("study", "PROFILE=slurm")
+    assert "--profile params/profiles/slurm" in shown("study", "PROFILE=slurm") and "--cores" not in shown(
+        "study", "PROFILE=slurm"
+    )
     assert "/scratch/films/.demo.lock" in shown("demo", "OUTPUTS=/scratch/films")

@@ -56,6 +56,7 @@ def store_folder(small_phantom):
 @pytest.fixture
 def new_run(small_phantom, store_folder, request):
     """Makes a run of a study of this test's own, on the store of all tests."""
+
     def make(study="", **changes):
         name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name) + study
         run = Run.build(parameters(small_phantom, name, **changes))
@@ -63,12 +64,25 @@ def new_run(small_phantom, store_folder, request):
         if not (run.folder / "store").exists():
             (run.folder / "store").symlink_to(store_folder)
         return run
+
     return make
 
 
 def parameters(phantom, study, **changes):
-    return {"study": study, "release": "nih", "data_root": str(phantom), "image_size": 32, "validation_fraction": 0.3, "epochs": EPOCHS,
-            "batch_size": 16, "learning_rate": 1e-3, "init": "scratch", "checkpoint": "last", "device": "cpu", "precision": "float32"} | changes
+    return {
+        "study": study,
+        "release": "nih",
+        "data_root": str(phantom),
+        "image_size": 32,
+        "validation_fraction": 0.3,
+        "epochs": EPOCHS,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "init": "scratch",
+        "checkpoint": "last",
+        "device": "cpu",
+        "precision": "float32",
+    } | changes
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +108,8 @@ def differences(one, other):
 
 
 def child(run, log, crash_at=0):
-    """Body of a killable process: trains `run`; before its `crash_at`-th move of a file into place it dies by SIGKILL."""
+    """Body of a killable process: trains `run`; before its `crash_at`-th move of a file into place it dies by
+    SIGKILL."""
     torch.set_num_threads(1)
     move, calls = os.replace, itertools.count(1)
 
@@ -140,7 +155,17 @@ def interrupt(run, monkeypatch, after):
 def test_a_finished_run_leaves_what_is_promised(uninterrupted):
     record = records.read_json(uninterrupted / "run.json")
     assert record["status"] == "finished" and record["best_epoch"] in range(1, EPOCHS + 1)
-    assert {"parameters", "versions", "commit", "host", "device", "started", "finished", "identity", "loss_weights"} <= record.keys()
+    assert {
+        "parameters",
+        "versions",
+        "commit",
+        "host",
+        "device",
+        "started",
+        "finished",
+        "identity",
+        "loss_weights",
+    } <= record.keys()
     history = pd.read_csv(uninterrupted / "training.csv")
     assert list(history["epoch"]) == [1, 2, 3] and np.isfinite(history.to_numpy()).all()
     assert record["best_val_auroc"] == history["val_auroc"].max()
@@ -151,7 +176,8 @@ def test_a_finished_run_leaves_what_is_promised(uninterrupted):
 
 
 def test_killed_before_each_move_of_a_file_it_ends_with_the_same_bits(new_run, uninterrupted, tmp_path):
-    """A run moves: run.json; then of each epoch the state, its name, training.csv; then training.csv, both models, run.json."""
+    """A run moves: run.json; then of each epoch the state, its name, training.csv; then training.csv, both models,
+    run.json."""
     run = new_run()
     for crash_at in (1, 2, 3, 4, 3, 4, 4, 2, 3, 4, 5):
         process = start(run, tmp_path / "log", crash_at=crash_at)
@@ -173,7 +199,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(new_run, uninterrup
     seconds = pd.read_csv(uninterrupted / "training.csv")["seconds"]
     rng = np.random.default_rng()
     # Once by the entry point, in the middle of the second epoch.
-    process = subprocess.Popen([sys.executable, "-m", "lib.training", resolved], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lib.training", resolved], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     with process:
         assert "epoch 1/3" in process.stdout.readline()
         time.sleep(rng.uniform(0.2, 0.8) * seconds.min())
@@ -220,7 +248,9 @@ def test_changed_parameters_start_over_and_can_be_interrupted_too(new_run, unint
     interrupt(other, monkeypatch, after=4)
     run = new_run()
     assert run.run_folder == other.run_folder
-    assert len(interrupt(run, monkeypatch, after=1)) == 1  # states of the other parameters are gone: they would pass for later ones
+    assert (
+        len(interrupt(run, monkeypatch, after=1)) == 1
+    )  # states of the other parameters are gone: they would pass for later ones
     said = capsys.readouterr().out
     assert "epochs: 5 -> 3" in said and "learning_rate: 0.0005 -> 0.001" in said and "starts over" in said
     training.fit(run)
@@ -299,11 +329,16 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(new_run, uninterrupted, mo
     steps = count_batches(records.read_json(uninterrupted / "run.json")["films"]["train"], run.batch_size)
 
     def broken(*arguments):
-        return loss(*arguments) * (math.nan if next(calls) == steps + 2 else 1)  # after the steps of an epoch and its validation
+        return loss(*arguments) * (
+            math.nan if next(calls) == steps + 2 else 1
+        )  # after the steps of an epoch and its validation
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "imbalance_loss", broken)
-        with pytest.raises(training.TrainingError, match=r"not finite at epoch 2, step 1\. The state after epoch 1 is kept.*gradient_clip"):
+        with pytest.raises(
+            training.TrainingError,
+            match=r"not finite at epoch 2, step 1\. The state after epoch 1 is kept.*gradient_clip",
+        ):
             training.fit(run)
     (path,) = (run.run_folder / "state").iterdir()
     state = torch.load(path, weights_only=True)
@@ -328,7 +363,9 @@ def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(new_run, monkeyp
 def test_validation_films_with_one_label_only_are_an_error(new_run, monkeypatch):
     run = new_run(task="binary")
     tasks = training.task_targets
-    monkeypatch.setattr(training, "task_targets", lambda *arguments: (np.zeros_like(tasks(*arguments)[0]), tasks(*arguments)[1]))
+    monkeypatch.setattr(
+        training, "task_targets", lambda *arguments: (np.zeros_like(tasks(*arguments)[0]), tasks(*arguments)[1])
+    )
     with pytest.raises(training.TrainingError, match="Unhealthy.*raise validation_fraction"):
         training.fit(run)
     assert {path.name for path in run.run_folder.iterdir()} == {".lock"}
@@ -346,7 +383,9 @@ def test_a_full_disk_is_named_and_leaves_the_state_before(new_run, uninterrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_at_two)
-        with pytest.raises(OSError, match="no space left on the disk while writing .*state.*Free some space and run again"):
+        with pytest.raises(
+            OSError, match="no space left on the disk while writing .*state.*Free some space and run again"
+        ):
             training.fit(run)
     assert [path.name[:11] for path in (run.run_folder / "state").iterdir()] == ["epoch-00001"]
     training.fit(run)
@@ -374,7 +413,11 @@ def test_gradients_are_clipped_and_their_norm_is_recorded_before(new_run, monkey
     norms, step = [], torch.optim.Adam.step
 
     def measured(self, *arguments):
-        norms.append(math.sqrt(sum(p.grad.double().square().sum().item() for group in self.param_groups for p in group["params"])))
+        norms.append(
+            math.sqrt(
+                sum(p.grad.double().square().sum().item() for group in self.param_groups for p in group["params"])
+            )
+        )
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.Adam, "step", measured)
@@ -395,9 +438,12 @@ def test_the_callers_random_state_is_left_alone(new_run):
 
 
 def test_two_processes_train_as_one_and_die_with_their_parent(new_run, capsys):
-    """ConvNeXt, because batch normalisation sees each process's own films only; slowly, because Adam blows up differences of rounding."""
+    """ConvNeXt, because batch normalisation sees each process's own films only; slowly, because Adam blows up
+    differences of rounding."""
     n_films = len(open_data(new_run("films"))[1].rows("train"))
-    whole = min((size for size in range(4, n_films + 1, 2) if n_films % size < 2), key=lambda size: abs(size - 16))  # no last batch to be cut
+    whole = min(
+        (size for size in range(4, n_films + 1, 2) if n_films % size < 2), key=lambda size: abs(size - 16)
+    )  # no last batch to be cut
     changes = {"backbone": "convnext_atto", "loss": "cb_focal", "learning_rate": 1e-5, "batch_size": whole}
     single, double = new_run("single", **changes), new_run("double", gpus=2, **changes)
     parent = SERVER.Process(target=training.train, args=(double,))
@@ -422,8 +468,10 @@ def test_two_processes_train_as_one_and_die_with_their_parent(new_run, capsys):
     for column in ("learning_rate", "train_loss", "gradient_norm", "val_loss"):
         np.testing.assert_allclose(several[column], alone[column], rtol=1e-3, err_msg=column)
     initial = build_model("convnext_atto", 15, "scratch", single.seed).state_dict()
-    first, second = (torch.cat([(tensor - initial[key]).double().flatten() for key, tensor in load_file(run.weights_path).items()])
-                     for run in (single, double))
+    first, second = (
+        torch.cat([(tensor - initial[key]).double().flatten() for key, tensor in load_file(run.weights_path).items()])
+        for run in (single, double)
+    )
     assert torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.99 and first.norm() > 0
 
 
@@ -454,7 +502,9 @@ def test_a_worker_that_fails_is_an_error_of_the_parent(new_run, monkeypatch):
 def test_a_lock_goes_with_its_holder(tmp_path, capsys):
     path = tmp_path / "lock"
     code = f"from lib.locks import try_lock; print(try_lock({str(path)!r}), flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with holder:
         assert int(holder.stdout.readline()) > 2
         assert try_lock(path) is None

@@ -1,4 +1,5 @@
-"""A study's runs side by side: means of each run with intervals, and paired differences to the BCE run of the same task and backbone.
+"""A study's runs side by side: means of each run with intervals, and paired differences to the BCE run of the same task
+and backbone.
 
 Records are first averaged over seeds, film by film; the bootstrap then draws patients, the same ones in every run.
 """
@@ -37,7 +38,18 @@ def record_means(records, metrics, key, *, n_replicates, seed=0):
     for (run, frame), metric in ((item, metric) for item in records.groupby(RUN, sort=False) for metric in metrics):
         mean = _over_seeds(frame, metric, key)
         interval = mean_interval(mean[metric], mean["patient"], n_replicates, seed)
-        rows.append((*run, metric, interval.point, interval.low, interval.high, interval.n, interval.n_skipped, frame["seed"].nunique()))
+        rows.append(
+            (
+                *run,
+                metric,
+                interval.point,
+                interval.low,
+                interval.high,
+                interval.n,
+                interval.n_skipped,
+                frame["seed"].nunique(),
+            )
+        )
     return pd.DataFrame(rows, columns=[*RUN, "metric", "value", "ci_low", "ci_high", "n", "n_skipped", "seeds"])
 
 
@@ -47,7 +59,8 @@ def record_differences(records, metrics, key, *, n_replicates, seed=0):
     Returns
     -------
     DataFrame
-        task, backbone, loss, metric, difference (loss minus BCE), ci_low, ci_high. A run without a BCE run beside it is left out.
+        task, backbone, loss, metric, difference (loss minus BCE), ci_low, ci_high. A run without a BCE run beside it is
+        left out.
 
     Raises
     ------
@@ -69,7 +82,8 @@ def record_differences(records, metrics, key, *, n_replicates, seed=0):
 def prediction_differences(predictions, *, n_replicates, seed=0):
     """Paired differences of macro AUROC, AP and mean probability to the BCE run, from predictions of all runs.
 
-    Seeds are averaged as probabilities, before the metric: the difference is that of the seeds' ensemble. With one seed it is the run's.
+    Seeds are averaged as probabilities, before the metric: the difference is that of the seeds' ensemble. With one seed
+    it is the run's.
 
     Parameters
     ----------
@@ -90,7 +104,11 @@ def prediction_differences(predictions, *, n_replicates, seed=0):
     for run, frame, baseline in _beside_baseline(predictions):
         logits, targets, classes, patients = prediction_arrays(frame)
         others, other_targets, other_classes, _ = prediction_arrays(baseline)
-        if set(frame["image"]) != set(baseline["image"]) or classes != other_classes or not np.array_equal(targets, other_targets):
+        if (
+            set(frame["image"]) != set(baseline["image"])
+            or classes != other_classes
+            or not np.array_equal(targets, other_targets)
+        ):
             raise ValueError(f"{'-'.join(run)} and its BCE run {DIFFERENT}")
         differences = metric_differences(logits, others, targets, classes, patients, n_replicates, seed)
         average = differences[differences["class"] == "Average"]
@@ -99,16 +117,22 @@ def prediction_differences(predictions, *, n_replicates, seed=0):
 
 
 def prediction_metrics(predictions, *, n_replicates, seed=0):
-    """Metrics of every run by class, as `metrics.classification_metrics`, with the run's task, backbone and loss in front."""
+    """Metrics of every run by class, as `metrics.classification_metrics`, with the run's task, backbone and loss in
+    front."""
     parts = []
     for run, frame in predictions.groupby(RUN, sort=False):
         logits, targets, classes, patients = prediction_arrays(frame)
-        parts.append(classification_metrics(logits, targets, classes, patients, n_replicates, seed).assign(**dict(zip(RUN, run, strict=True))))
+        parts.append(
+            classification_metrics(logits, targets, classes, patients, n_replicates, seed).assign(
+                **dict(zip(RUN, run, strict=True))
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 
 def typical_pairs(alignment, *, per_class=1):
-    """The most typical pairs of film and class: those whose IoBB, averaged over all runs given, lies nearest the median of their class.
+    """The most typical pairs of film and class: those whose IoBB, averaged over all runs given, lies nearest the median
+    of their class.
 
     Parameters
     ----------
@@ -123,12 +147,15 @@ def typical_pairs(alignment, *, per_class=1):
     """
     mean = alignment.groupby(["image", "class"], as_index=False)["iobb"].mean().dropna()
     distance = (mean["iobb"] - mean.groupby("class")["iobb"].transform("median")).abs()
-    nearest = mean.assign(distance=distance).sort_values(["class", "distance", "image"]).groupby("class").head(per_class)
+    nearest = (
+        mean.assign(distance=distance).sort_values(["class", "distance", "image"]).groupby("class").head(per_class)
+    )
     return nearest.drop(columns="distance").reset_index(drop=True)
 
 
 def prediction_arrays(predictions):
-    """Logits (N, M), targets (N, M), classes and patients (N,) of one run's predictions; several seeds become their mean probability's logit."""
+    """Logits (N, M), targets (N, M), classes and patients (N,) of one run's predictions; several seeds become their
+    mean probability's logit."""
     classes = list(dict.fromkeys(predictions["class"]))
     if "seed" in predictions and predictions["seed"].nunique() > 1:
         mean = predictions.assign(p=expit(predictions["logit"].astype(np.float64)))
@@ -136,8 +163,12 @@ def prediction_arrays(predictions):
         p = mean["p"].clip(1e-300, 1 - 1e-16)
         predictions = mean.assign(logit=np.log(p) - np.log1p(-p))
     wide = predictions.pivot(index=["image", "patient"], columns="class", values=["logit", "target"])
-    return (wide["logit"][classes].to_numpy(np.float64), wide["target"][classes].to_numpy(np.int64), classes,
-            wide.index.get_level_values("patient").to_numpy())
+    return (
+        wide["logit"][classes].to_numpy(np.float64),
+        wide["target"][classes].to_numpy(np.int64),
+        classes,
+        wide.index.get_level_values("patient").to_numpy(),
+    )
 
 
 def _over_seeds(frame, metric, key):

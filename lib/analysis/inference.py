@@ -10,7 +10,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Output:
-    """Of one batch: `rows` int64 (B,), `logits` float32 (B, M) and `maps`, a dictionary of layer name to float32 (B, F, h, w)."""
+    """Of one batch: `rows` int64 (B,), `logits` float32 (B, M) and `maps`, a dictionary of layer name to float32 (B, F,
+    h, w)."""
 
     rows: np.ndarray
     logits: torch.Tensor
@@ -19,7 +20,8 @@ class Output:
 
 @contextmanager
 def recorded(model, layers):
-    """Within the context every forward pass of `model` leaves the outputs of `layers` in the dictionary that is yielded.
+    """Within the context every forward pass of `model` leaves the outputs of `layers` in the dictionary that is
+    yielded.
 
     Parameters
     ----------
@@ -54,7 +56,9 @@ def named_module(model, name):
     modules = dict(model.named_modules())
     if name not in modules:
         parent = name.rpartition(".")[0]
-        known = [other for other in modules if other and other.rpartition(".")[0] == parent] or list(dict(model.named_children()))
+        known = [other for other in modules if other and other.rpartition(".")[0] == parent] or list(
+            dict(model.named_children())
+        )
         raise ValueError(f"the model has no module {name!r}; there are {', '.join(known)}")
     return modules[name]
 
@@ -62,7 +66,9 @@ def named_module(model, name):
 def check_is_tensor(output, layer):
     """ValueError where a layer gives something else than one tensor, such as the tuple of an attention layer."""
     if not isinstance(output, torch.Tensor):
-        raise ValueError(f"layer {layer} gives a {type(output).__name__}, not a tensor of maps: name a module inside or after it")
+        raise ValueError(
+            f"layer {layer} gives a {type(output).__name__}, not a tensor of maps: name a module inside or after it"
+        )
 
 
 def stream(model, batches, layers=(), token_grid=()):
@@ -87,14 +93,29 @@ def stream(model, batches, layers=(), token_grid=()):
     model.eval()
     with recorded(model, layers) as maps:
         for batch in batches:
-            # Left before the yield: both would hold for the caller's code between batches too. TF32, cuDNN's default, keeps 10 bits.
+            # Left before the yield: both would hold for the caller's code between batches too. TF32, cuDNN's default,
+            # keeps 10 bits.
             with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 logits = model(batch.images).float()
                 unseen = [name for name in layers if name not in maps]
                 if unseen:
-                    raise ValueError(f"layer {unseen[0]} did not run in the forward pass, so it has no maps: name another module")
-                output = Output(batch.rows, logits, {name: as_maps(maps[name], name, token_grid).float() for name in layers})
+                    raise ValueError(
+                        f"layer {unseen[0]} did not run in the forward pass, so it has no maps: name another module"
+                    )
+                output = Output(
+                    batch.rows, logits, {name: as_maps(maps[name], name, token_grid).float() for name in layers}
+                )
             yield output
+
+
+def layer_maps(output: Output, layer: str) -> torch.Tensor:
+    """The maps of `layer` in `output`; ValueError where they were not asked for."""
+    if layer not in output.maps:
+        raise ValueError(
+            f"the outputs hold no maps of {layer!r}; there are {', '.join(output.maps) or 'none'}: ask `stream` for "
+            "this layer"
+        )
+    return output.maps[layer]
 
 
 def as_maps(output, layer, token_grid=()):
@@ -106,13 +127,14 @@ def as_maps(output, layer, token_grid=()):
     layer : str
         Its name, for the messages.
     token_grid : (rows, columns), optional
-        The tokens (B, T, D), row by row, become maps (B, D, rows, columns). Where T is one more than rows x columns the first token, the
-        class's, is left out. Empty or None for a layer that gives maps.
+        The tokens (B, T, D), row by row, become maps (B, D, rows, columns). Where T is one more than rows x columns the
+        first token, the class's, is left out. Empty or None for a layer that gives maps.
 
     Raises
     ------
     ValueError
-        An output that is neither, tokens without a grid or on one that they do not fill, or a grid for what are maps already.
+        An output that is neither, tokens without a grid or on one that they do not fill, or a grid for what are maps
+        already.
     """
     shape = tuple(output.shape)
     if output.ndim not in (3, 4):
@@ -122,12 +144,18 @@ def as_maps(output, layer, token_grid=()):
             raise ValueError(f"layer {layer} gives maps {shape}: token_grid is for tokens (B, T, D)")
         return output
     if not token_grid or len(token_grid) != 2:
-        raise ValueError(f"layer {layer} gives tokens {shape}: say how they lie on the film with token_grid: [rows, columns], with rows x columns = "
-                         f"{shape[1]}, or {shape[1] - 1} if the first is a class token")
+        raise ValueError(
+            f"layer {layer} gives tokens {shape}: say how they lie on the film with token_grid: [rows, columns], "
+            "with rows x columns = "
+            f"{shape[1]}, or {shape[1] - 1} if the first is a class token"
+        )
     rows, columns = token_grid
     extra = shape[1] - rows * columns
     if extra not in (0, 1):
-        raise ValueError(f"layer {layer} gives {shape[1]} tokens: token_grid {rows} x {columns} takes {rows * columns}, or one more, the class's")
+        raise ValueError(
+            f"layer {layer} gives {shape[1]} tokens: token_grid {rows} x {columns} takes {rows * columns}, or one "
+            "more, the class's"
+        )
     return output[:, extra:].transpose(1, 2).unflatten(2, (rows, columns))
 
 
@@ -148,7 +176,11 @@ def is_pooled(output, layer, head):
         Maps that hold NaN or infinite values count as pooled: they decide nothing, and what reads them names them.
     """
     maps = output.maps[layer]
-    if not isinstance(head, nn.Linear) or maps.shape[1] != head.in_features or output.logits.shape[1] != head.out_features:
+    if (
+        not isinstance(head, nn.Linear)
+        or maps.shape[1] != head.in_features
+        or output.logits.shape[1] != head.out_features
+    ):
         return False
     weight = head.weight.detach().to(maps)
     # Bias included: if only the differences between films had to agree, a batch of one film would pass with any layer.

@@ -1,9 +1,12 @@
-"""How a map overlaps boxes: soft IoBB, IoR and IoU (Khakzar et al., section 4) without resampling the map, and IoU by threshold (Nam & Lee).
+"""How a map overlaps boxes: soft IoBB, IoR and IoU (Khakzar et al., section 4) without resampling the map, and IoU by
+threshold (Nam & Lee).
 
-Bilinear resampling is linear and separable, ``resized = Wy L Wx^T``, so the sum of the resized map over a rectangle of pixels is
-``r^T L c`` with the sums ``r``, ``c`` of the interpolation weights over the rectangle's rows and columns. A union of boxes is first cut
-into disjoint rectangles.
+Bilinear resampling is linear and separable, ``resized = Wy L Wx^T``, so the sum of the resized map over a rectangle of
+pixels is
+``r^T L c`` with the sums ``r``, ``c`` of the interpolation weights over the rectangle's rows and columns. A union of
+boxes is first cut into disjoint rectangles.
 """
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,19 +20,28 @@ COLUMNS = ["iobb", "ior", "iou", "box_area", "cam_mass"]
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
-def soft_overlap(cams: Tensor | np.ndarray, boxes: Sequence, image_size: int, *, rounding: str = "outward", zero_policy: str = "skip",
-                 threshold: float | None = None) -> pd.DataFrame:
+def soft_overlap(
+    cams: Tensor | np.ndarray,
+    boxes: Sequence,
+    image_size: int,
+    *,
+    rounding: str = "outward",
+    zero_policy: str = "skip",
+    threshold: float | None = None,
+) -> pd.DataFrame:
     """Overlap of each pair's map with the union of that pair's boxes, on the map as it would be resampled to the film.
 
     With M the union mask: ``iobb = sum(cam M) / sum(M)``, ``ior = sum(cam M) / sum(cam)``,
-    ``iou = sum(cam M) / (sum(M) + sum(cam) - sum(cam M))``. Equal to resampling bilinearly and summing, up to rounding; sums in float64.
+    ``iou = sum(cam M) / (sum(M) + sum(cam) - sum(cam M))``. Equal to resampling bilinearly and summing, up to rounding;
+    sums in float64.
 
     Parameters
     ----------
     cams : float (P, h, w) in [0, 1]
         Normalised maps at native size, one a (film, class) pair.
     boxes : sequence of P arrays (K, 4)
-        x1, y1, x2, y2 in pixels of the film at ``image_size``, x2 and y2 exclusive; K may be 0 and differ between pairs.
+        x1, y1, x2, y2 in pixels of the film at ``image_size``, x2 and y2 exclusive; K may be 0 and differ between
+        pairs.
     image_size : int
         Side of the film in pixels.
     rounding : {'outward', 'trunc'}
@@ -41,8 +53,9 @@ def soft_overlap(cams: Tensor | np.ndarray, boxes: Sequence, image_size: int, *,
 
     Returns
     -------
-    DataFrame, one row a pair: iobb, ior, iou in [0, 1], box_area (share of the film), cam_mass (mean of the resampled map).
-    A pair whose boxes have no area in the film has NaN in all three overlaps. A zero map has iobb 0, iou 0, ior NaN.
+    DataFrame, one row a pair: iobb, ior, iou in [0, 1], box_area (share of the film), cam_mass (mean of the resampled
+    map). A pair whose boxes have no area in the film has NaN in all three overlaps. A zero map has iobb 0, iou 0, ior
+    NaN.
 
     Raises
     ------
@@ -55,7 +68,9 @@ def soft_overlap(cams: Tensor | np.ndarray, boxes: Sequence, image_size: int, *,
         raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
     cams = torch.as_tensor(cams).detach().cpu()
     if cams.ndim != 3 or len(cams) != len(boxes):
-        raise ValueError(f"need maps (P, h, w) and one list of boxes a map, got {tuple(cams.shape)} and {len(boxes)} lists")
+        raise ValueError(
+            f"need maps (P, h, w) and one list of boxes a map, got {tuple(cams.shape)} and {len(boxes)} lists"
+        )
     valid = ((cams >= 0) & (cams <= 1)).flatten(1).all(dim=1)
     if not valid.all():
         raise ValueError(f"map {int(torch.nonzero(~valid)[0])} leaves [0, 1] or holds NaN; normalise it first")
@@ -119,13 +134,21 @@ def positive_part(maps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def threshold_iou(maps: Tensor | np.ndarray, boxes: Sequence, image_size: int, thresholds: Sequence[float] = THRESHOLDS, *,
-                  rounding: str = "outward", inclusive: bool = True) -> pd.DataFrame:
-    """IoU of each thresholded map with the union of its pair's boxes, of the lesion and of the background (Nam & Lee, Table 2).
+def threshold_iou(
+    maps: Tensor | np.ndarray,
+    boxes: Sequence,
+    image_size: int,
+    thresholds: Sequence[float] = THRESHOLDS,
+    *,
+    rounding: str = "outward",
+    inclusive: bool = True,
+) -> pd.DataFrame:
+    """IoU of each thresholded map with the union of its pair's boxes, of the lesion and of the background (Nam & Lee,
+    Table 2).
 
-    With P the pixels that reach the threshold and B those of the boxes: ``iou_lesion = |P and B| / |P or B|``, ``iou_background`` the same
-    of the complements of P and B. The paper says "mean IoU" and no more; its numbers fit the mean over lesion and background, by which an
-    empty mask already has ``(1 - box area) / 2``.
+    With P the pixels that reach the threshold and B those of the boxes: ``iou_lesion = |P and B| / |P or B|``,
+    ``iou_background`` the same of the complements of P and B. The paper says "mean IoU" and no more; its numbers fit
+    the mean over lesion and background, by which an empty mask already has ``(1 - box area) / 2``.
 
     Parameters
     ----------
@@ -143,9 +166,9 @@ def threshold_iou(maps: Tensor | np.ndarray, boxes: Sequence, image_size: int, t
     Returns
     -------
     DataFrame
-        A row per pair and threshold, pairs in their order: pair, threshold, iou_lesion, iou_background, mean_iou in [0, 1],
-        empty_mask_iou (`empty_mask_iou`), box_area and mask_area (shares of the film). An IoU is NaN where its union is empty, mean_iou
-        where either is.
+        A row per pair and threshold, pairs in their order: pair, threshold, iou_lesion, iou_background, mean_iou in [0,
+        1], empty_mask_iou (`empty_mask_iou`), box_area and mask_area (shares of the film). An IoU is NaN where its
+        union is empty, mean_iou where either is.
 
     Raises
     ------
@@ -154,8 +177,10 @@ def threshold_iou(maps: Tensor | np.ndarray, boxes: Sequence, image_size: int, t
     """
     maps = torch.as_tensor(maps).detach()
     if maps.ndim != 3 or maps.shape[1:] != (image_size, image_size) or len(maps) != len(boxes):
-        raise ValueError(f"need maps (P, {image_size}, {image_size}), resized to the film, and one list of boxes a map, "
-                         f"got {tuple(maps.shape)} and {len(boxes)} lists")
+        raise ValueError(
+            f"need maps (P, {image_size}, {image_size}), resized to the film, and one list of boxes a map, "
+            f"got {tuple(maps.shape)} and {len(boxes)} lists"
+        )
     valid = ((maps >= 0) & (maps <= 1)).flatten(1).all(dim=1)
     if not valid.all():
         raise ValueError(f"map {int(torch.nonzero(~valid)[0])} leaves [0, 1] or holds NaN; see positive_part")
@@ -167,19 +192,29 @@ def threshold_iou(maps: Tensor | np.ndarray, boxes: Sequence, image_size: int, t
         marked.append(above.sum(dim=(1, 2)))
         both.append((above & masks).sum(dim=(1, 2)))
     shape = (len(maps), len(thresholds))
-    marked, both = (torch.stack(counts, dim=1).double().cpu().numpy() if counts else np.empty(shape) for counts in (marked, both))
+    marked, both = (
+        torch.stack(counts, dim=1).double().cpu().numpy() if counts else np.empty(shape) for counts in (marked, both)
+    )
     box, film = np.broadcast_to(masks.sum(dim=(1, 2)).double().cpu().numpy()[:, None], shape), image_size**2
     union = box + marked - both
     with np.errstate(invalid="ignore"):
         lesion, background = both / union, (film - union) / (film - both)
-    table = pd.DataFrame({"pair": np.repeat(np.arange(len(maps)), len(thresholds)), "threshold": np.tile(np.asarray(thresholds, float), len(maps)),
-                          "iou_lesion": lesion.ravel(), "iou_background": background.ravel(), "mean_iou": ((lesion + background) / 2).ravel()})
+    table = pd.DataFrame(
+        {
+            "pair": np.repeat(np.arange(len(maps)), len(thresholds)),
+            "threshold": np.tile(np.asarray(thresholds, float), len(maps)),
+            "iou_lesion": lesion.ravel(),
+            "iou_background": background.ravel(),
+            "mean_iou": ((lesion + background) / 2).ravel(),
+        }
+    )
     area = box.ravel() / film
     return table.assign(empty_mask_iou=empty_mask_iou(area), box_area=area, mask_area=marked.ravel() / film)
 
 
 def empty_mask_iou(box_area):
-    """The mean IoU over lesion and background of a map that marks nothing, ``(1 - box_area) / 2``: what a mean IoU has to beat.
+    """The mean IoU over lesion and background of a map that marks nothing, ``(1 - box_area) / 2``: what a mean IoU has
+    to beat.
 
     `box_area` : share of the film, a number or an array; 0 gives NaN (no lesion to mark).
     """
@@ -196,8 +231,8 @@ def pixel_boxes(boxes, image_size: int, *, rounding: str = "outward") -> np.ndar
     image_size : int
         Side of the film.
     rounding : {'outward', 'trunc'}
-        'outward': floor of x1, y1 and ceil of x2, y2 (every touched pixel, never empty; a millionth of a pixel is taken for rounding error
-        of the scaling). 'trunc': all four cut to their integer part.
+        'outward': floor of x1, y1 and ceil of x2, y2 (every touched pixel, never empty; a millionth of a pixel is taken
+        for rounding error of the scaling). 'trunc': all four cut to their integer part.
 
     Returns
     -------
@@ -206,8 +241,11 @@ def pixel_boxes(boxes, image_size: int, *, rounding: str = "outward") -> np.ndar
     return grouped_pixel_boxes([boxes], image_size, rounding=rounding)[0]
 
 
-def grouped_pixel_boxes(groups: Sequence, image_size: int, *, rounding: str = "outward") -> tuple[np.ndarray, np.ndarray]:
-    """As `pixel_boxes` for a sequence of (K, 4) arrays: all boxes (R, 4), and of each the index of its array, int64 (R,)."""
+def grouped_pixel_boxes(
+    groups: Sequence, image_size: int, *, rounding: str = "outward"
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `pixel_boxes` for a sequence of (K, 4) arrays: all boxes (R, 4), and of each the index of its array, int64
+    (R,)."""
     groups = [np.asarray(boxes, dtype=np.float64) for boxes in groups]
     for index, boxes in enumerate(groups):
         if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
@@ -215,7 +253,10 @@ def grouped_pixel_boxes(groups: Sequence, image_size: int, *, rounding: str = "o
     owner = np.repeat(np.arange(len(groups)), [len(boxes) if boxes.size else 0 for boxes in groups])
     boxes = np.concatenate([boxes.reshape(-1, 4) for boxes in groups] + [np.empty((0, 4))])
     if np.isnan(boxes).any():
-        raise ValueError(f"a box at {owner[np.isnan(boxes).any(axis=1)][0]} holds NaN: {boxes[np.isnan(boxes).any(axis=1)][0].tolist()}")
+        raise ValueError(
+            f"a box at {owner[np.isnan(boxes).any(axis=1)][0]} holds NaN: "
+            f"{boxes[np.isnan(boxes).any(axis=1)][0].tolist()}"
+        )
     whole = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     boxes = np.clip(boxes, 0, image_size)
     if rounding == "outward":
@@ -244,7 +285,8 @@ def box_masks(groups: Sequence, image_size: int, *, rounding: str = "outward") -
 
 
 def disjoint_rectangles(boxes: np.ndarray) -> np.ndarray:
-    """The union of integer boxes (K, 4) as disjoint rectangles (R, 4): horizontal strips between box edges, merged intervals in each."""
+    """The union of integer boxes (K, 4) as disjoint rectangles (R, 4): horizontal strips between box edges, merged
+    intervals in each."""
     if len(boxes) <= 1:
         return boxes
     edges = np.unique(boxes[:, [1, 3]])
@@ -265,7 +307,8 @@ def _per_pair(values: np.ndarray, owner: np.ndarray, n_pairs: int) -> np.ndarray
 
 
 def _cumulative_weights(n: int, size: int) -> np.ndarray:
-    """(size + 1, n): row ``i`` is the sum of the interpolation weights of the first ``i`` output pixels on the ``n`` native cells."""
+    """(size + 1, n): row ``i`` is the sum of the interpolation weights of the first ``i`` output pixels on the ``n``
+    native cells."""
     centre = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
     low = np.minimum(np.floor(centre).astype(np.int64), n - 1)
     weights = np.zeros((size, n))

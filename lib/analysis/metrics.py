@@ -1,5 +1,5 @@
-"""Classification metrics of a run, and their differences between two: ranking (AUROC, AP), predicted probability and calibration
-(Khakzar et al., Fig. 2), with intervals over patients.
+"""Classification metrics of a run, and their differences between two: ranking (AUROC, AP), predicted probability and
+calibration (Khakzar et al., Fig. 2), with intervals over patients.
 
 All functions start from logits. The ranking uses the logits themselves, because float32 sigmoids saturate and tie; the
 probabilities are sigmoids in float64.
@@ -31,7 +31,12 @@ COLUMNS = [
 
 
 def classification_metrics(
-    logits: ArrayLike, targets: ArrayLike, classes: Sequence[str], patients: ArrayLike, n_replicates: int = 1000, seed: int = 0
+    logits: ArrayLike,
+    targets: ArrayLike,
+    classes: Sequence[str],
+    patients: ArrayLike,
+    n_replicates: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """All metrics of each class and of the class averages.
 
@@ -51,11 +56,11 @@ def classification_metrics(
     -------
     DataFrame
         One row a class, then 'Average' and, with 'No Finding' among the classes, 'Average (14 findings)'. Columns:
-        class; n_positive, n_negative, prevalence; auroc, ap and mean_probability (over all films), each with its 95 % interval
-        _ci_low and _ci_high; mean_probability_positives and _negatives; brier, the mean squared difference of probability and
-        target; ece, as in `calibration_curve`.
-        A class with one label only has NaN AUROC and AP and no part in the averages. In the averages the counts are sums and
-        everything else is the mean over classes.
+        class; n_positive, n_negative, prevalence; auroc, ap and mean_probability (over all films), each with its 95 %
+        interval _ci_low and _ci_high; mean_probability_positives and _negatives; brier, the mean squared difference of
+        probability and target; ece, as in `calibration_curve`.
+        A class with one label only has NaN AUROC and AP and no part in the averages. In the averages the counts are
+        sums and everything else is the mean over classes.
 
     Raises
     ------
@@ -83,8 +88,17 @@ def classification_metrics(
     averages = []
     for name, columns in average_rows(classes).items():
         rows = frame.iloc[[column for column in columns if both[column]]].drop(columns="class")
-        averages.append({"class": name, **rows.mean(), "n_positive": rows["n_positive"].sum(), "n_negative": rows["n_negative"].sum()})
-    frame = pd.concat([frame, pd.DataFrame(averages)], ignore_index=True).astype({"n_positive": np.int64, "n_negative": np.int64})
+        averages.append(
+            {
+                "class": name,
+                **rows.mean(),
+                "n_positive": rows["n_positive"].sum(),
+                "n_negative": rows["n_negative"].sum(),
+            }
+        )
+    frame = pd.concat([frame, pd.DataFrame(averages)], ignore_index=True).astype(
+        {"n_positive": np.int64, "n_negative": np.int64}
+    )
     for metric in METRICS:
         rows = intervals[intervals["metric"] == metric]
         for column, field in ((metric, "point"), (f"{metric}_ci_low", "low"), (f"{metric}_ci_high", "high")):
@@ -92,10 +106,13 @@ def classification_metrics(
     return frame[COLUMNS]
 
 
-def calibration_curve(logits: ArrayLike, targets: ArrayLike, classes: Sequence[str], n_bins: int = N_BINS) -> pd.DataFrame:
+def calibration_curve(
+    logits: ArrayLike, targets: ArrayLike, classes: Sequence[str], n_bins: int = N_BINS
+) -> pd.DataFrame:
     """Points of the reliability diagram of each class.
 
-    The expected calibration error of a class is the mean of ``|mean_probability - frequency|`` over the bins, weighted by n.
+    The expected calibration error of a class is the mean of ``|mean_probability - frequency|`` over the bins, weighted
+    by n.
 
     Parameters
     ----------
@@ -107,8 +124,8 @@ def calibration_curve(logits: ArrayLike, targets: ArrayLike, classes: Sequence[s
     Returns
     -------
     DataFrame
-        One row a (class, bin), empty bins included: class, bin, bin_low, bin_high, n, mean_probability, frequency (share of
-        positives). The last two are NaN in an empty bin.
+        One row a (class, bin), empty bins included: class, bin, bin_low, bin_high, n, mean_probability, frequency
+        (share of positives). The last two are NaN in an empty bin.
 
     Raises
     ------
@@ -119,16 +136,21 @@ def calibration_curve(logits: ArrayLike, targets: ArrayLike, classes: Sequence[s
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")
     logits, targets = checked_predictions(logits, targets, classes)
     probabilities = expit(logits)
-    frames = [_bins(probabilities[:, m], targets[:, m], n_bins).assign(**{"class": name}) for m, name in enumerate(classes)]
+    frames = [
+        _bins(probabilities[:, m], targets[:, m], n_bins).assign(**{"class": name}) for m, name in enumerate(classes)
+    ]
     columns = ["class", "bin", "bin_low", "bin_high", "n", "mean_probability", "frequency"]
     return pd.concat(frames, ignore_index=True)[columns]
 
 
-def ranking_metrics(scores: ArrayLike, targets: ArrayLike, weights: ArrayLike, patient: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def ranking_metrics(
+    scores: ArrayLike, targets: ArrayLike, weights: ArrayLike, patient: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
     """AUROC and average precision of one class under many weightings, ties handled exactly.
 
-    AUROC is the weighted share of (positive, negative) pairs in the right order, a tie counting one half. AP is the sum over
-    thresholds of (recall step) x precision, without interpolation. Both are those of scikit-learn with `sample_weight`.
+    AUROC is the weighted share of (positive, negative) pairs in the right order, a tie counting one half. AP is the sum
+    over thresholds of (recall step) x precision, without interpolation. Both are those of scikit-learn with
+    `sample_weight`.
 
     Parameters
     ----------
@@ -139,7 +161,8 @@ def ranking_metrics(scores: ArrayLike, targets: ArrayLike, weights: ArrayLike, p
     weights : array_like, (R, P)
         R weightings of P patients, >= 0 (`statistics.Replicates.counts`).
     patient : array_like of int, (N,)
-        Patient of each film, 0..P-1 (`statistics.Replicates.patient`); ``arange(N)`` gives each film a weight of its own.
+        Patient of each film, 0..P-1 (`statistics.Replicates.patient`); ``arange(N)`` gives each film a weight of its
+        own.
 
     Returns
     -------
@@ -153,8 +176,8 @@ def ranking_metrics(scores: ArrayLike, targets: ArrayLike, weights: ArrayLike, p
     if positive.all() or not positive.any():
         return auroc, ap
 
-    # Only thresholds that hold a positive matter. K of them cut the negatives into 2K + 1 runs: run 2k lies strictly between
-    # threshold k-1 and k, run 2k+1 ties with threshold k.
+    # Only thresholds that hold a positive matter. K of them cut the negatives into 2K + 1 runs: run 2k lies strictly
+    # between threshold k-1 and k, run 2k+1 ties with threshold k.
     thresholds, threshold = np.unique(scores[positive], return_inverse=True)
     negatives = scores[~positive]
     run = np.searchsorted(thresholds, negatives, "left") + np.searchsorted(thresholds, negatives, "right")
@@ -182,7 +205,12 @@ def ranking_metrics(scores: ArrayLike, targets: ArrayLike, weights: ArrayLike, p
 
 
 def metric_intervals(
-    logits: ArrayLike, targets: ArrayLike, classes: Sequence[str], patients: ArrayLike, n_replicates: int = 1000, seed: int = 0
+    logits: ArrayLike,
+    targets: ArrayLike,
+    classes: Sequence[str],
+    patients: ArrayLike,
+    n_replicates: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """AUROC, AP and mean predicted probability of each class and of their averages, with 95 % intervals over patients.
 
@@ -194,18 +222,19 @@ def metric_intervals(
     Returns
     -------
     DataFrame
-        One row a (class, metric): class, metric, point, low, high, n_undefined. The averages of `average_rows` follow the
-        classes. AUROC and AP are NaN for a class with one label only. `n_undefined` counts the replicates in which the metric
-        does not exist; they are left out. The interval is NaN without replicates or with a single patient. Averages are over
-        the classes with both labels on these films; in a replicate, over those of them that are defined in it.
+        One row a (class, metric): class, metric, point, low, high, n_undefined. The averages of `average_rows` follow
+        the classes. AUROC and AP are NaN for a class with one label only. `n_undefined` counts the replicates in which
+        the metric does not exist; they are left out. The interval is NaN without replicates or with a single patient.
+        Averages are over the classes with both labels on these films; in a replicate, over those of them that are
+        defined in it.
 
     Notes
     -----
-    AP grows with repeated positives, so its replicates lie above the point for rare classes. The bias hardly matters for one
-    class, but in the average, whose interval is narrow, it does not cancel: with 600 films in simulations the percentile
-    interval of the average AP held the truth in a third of the cases. So the average AP has the basic interval, which reflects
-    the replicates about the point (held the truth in 92 to 99 %). AUROC, and the paired differences of both
-    (`metric_differences`), keep about 95 % with percentiles.
+    AP grows with repeated positives, so its replicates lie above the point for rare classes. The bias hardly matters
+    for one class, but in the average, whose interval is narrow, it does not cancel: with 600 films in simulations the
+    percentile interval of the average AP held the truth in a third of the cases. So the average AP has the basic
+    interval, which reflects the replicates about the point (held the truth in 92 to 99 %). AUROC, and the paired
+    differences of both (`metric_differences`), keep about 95 % with percentiles.
 
     Raises
     ------
@@ -256,7 +285,8 @@ def metric_differences(
     replicates = patient_replicates(patients, n_replicates, seed)
     whole = np.ones((1, replicates.counts.shape[1]), dtype=np.uint16)
     point, drawn = (
-        _metrics(logits_a, checked, classes, counts, replicates.patient) - _metrics(logits_b, checked, classes, counts, replicates.patient)
+        _metrics(logits_a, checked, classes, counts, replicates.patient)
+        - _metrics(logits_b, checked, classes, counts, replicates.patient)
         for counts in (whole, replicates.counts)
     )
     return _metric_frame(point[:, 0], drawn, classes, whole.size)
@@ -265,7 +295,8 @@ def metric_differences(
 def average_rows(classes: Sequence[str]) -> dict[str, list[int]]:
     """Rows that average over classes: name -> columns.
 
-    'Average' takes all classes; when 'No Finding' is one of several, 'Average (14 findings)' takes the others (14 in NIH).
+    'Average' takes all classes; when 'No Finding' is one of several, 'Average (14 findings)' takes the others (14 in
+    NIH).
     """
     rows = {"Average": list(range(len(classes)))}
     if NO_FINDING in classes and len(classes) > 1:
@@ -294,17 +325,24 @@ def checked_predictions(
     ):
         if not good.all():
             row, column = np.argwhere(~good)[0]
-            raise ValueError(f"{int((~good).sum())} {name}; the first is {values[row, column]} in row {row}, class {classes[column]!r}")
+            raise ValueError(
+                f"{int((~good).sum())} {name}; the first is {values[row, column]} in row {row}, class "
+                f"{classes[column]!r}"
+            )
     return logits, targets == 1
 
 
-def _metrics(logits: np.ndarray, targets: np.ndarray, classes: Sequence[str], counts: np.ndarray, patient: np.ndarray) -> np.ndarray:
+def _metrics(
+    logits: np.ndarray, targets: np.ndarray, classes: Sequence[str], counts: np.ndarray, patient: np.ndarray
+) -> np.ndarray:
     """METRICS of classes and averages under each weighting, (3, R, M + averages)."""
     n_patients = counts.shape[1]
     n_classes = logits.shape[1]
     values = np.empty((len(METRICS), len(counts), n_classes))
     for column in range(n_classes):
-        values[0, :, column], values[1, :, column] = ranking_metrics(logits[:, column], targets[:, column], counts, patient)
+        values[0, :, column], values[1, :, column] = ranking_metrics(
+            logits[:, column], targets[:, column], counts, patient
+        )
     films = incidence(patient, np.arange(len(patient)), (n_patients, len(patient)))
     sums = weighted_sums(counts, np.hstack([films @ expit(logits), films.sum(axis=1)[:, None]]))
     values[2] = sums[:, :-1] / sums[:, -1:]
@@ -337,7 +375,14 @@ def _bins(probabilities: np.ndarray, targets: np.ndarray, n_bins: int) -> pd.Dat
     sums = [np.bincount(index, weights=values, minlength=n_bins) for values in (probabilities, targets)]
     mean, frequency = (np.divide(total, n, out=np.full(n_bins, np.nan), where=n > 0) for total in sums)
     return pd.DataFrame(
-        {"bin": np.arange(n_bins), "bin_low": edges[:-1], "bin_high": edges[1:], "n": n, "mean_probability": mean, "frequency": frequency}
+        {
+            "bin": np.arange(n_bins),
+            "bin_low": edges[:-1],
+            "bin_high": edges[1:],
+            "n": n,
+            "mean_probability": mean,
+            "frequency": frequency,
+        }
     )
 
 

@@ -1,7 +1,10 @@
-"""Class activation maps of any layer of any classifier: the gradient methods by automatic differentiation, the others by perturbed films.
+"""Class activation maps of any layer of any classifier: the gradient methods by automatic differentiation, the others
+by perturbed films.
 
-Where the layer is pooled and followed by one linear layer, the closed forms of `cam` give the same maps without a backward pass.
+Where the layer is pooled and followed by one linear layer, the closed forms of `cam` give the same maps without a
+backward pass.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,55 +26,80 @@ SIGMA = {"smooth_gradpp": 0.3, "ss": 2.0}
 
 @dataclass(frozen=True)
 class Cams:
-    """Of B films and C classes: raw signed `maps` (B, C, h, w); `contributions` (B, C, F), what each channel adds to the sum of the map
-    (``sum_xy w A``, as `cam.channel_contributions`); `logits` (B, M) of all the model's classes."""
+    """Of B films and C classes: raw signed `maps` (B, C, h, w); `contributions` (B, C, F), what each channel adds to
+    the sum of the map (``sum_xy w A``, as `cam.channel_contributions`); `logits` (B, M) of all the model's classes."""
 
     maps: Tensor
     contributions: Tensor
     logits: Tensor
 
 
-def model_cams(model: nn.Module, films: Tensor, layer: str, classes: Sequence[int] | None = None, method: str = "grad",
-               features: Tensor | None = None, *, token_grid: Sequence[int] = (), eps: float = 0.0, samples: int | None = None,
-               sigma: float | None = None, seed: int | Sequence[int] = 0, cumulative: bool = True, numerator: int = 2, chunk: int = 64,
-               progress: bool = False) -> Cams:
+def model_cams(
+    model: nn.Module,
+    films: Tensor,
+    layer: str,
+    classes: Sequence[int] | None = None,
+    method: str = "grad",
+    features: Tensor | None = None,
+    *,
+    token_grid: Sequence[int] = (),
+    eps: float = 0.0,
+    samples: int | None = None,
+    sigma: float | None = None,
+    seed: int | Sequence[int] = 0,
+    cumulative: bool = True,
+    numerator: int = 2,
+    chunk: int = 64,
+    progress: bool = False,
+) -> Cams:
     """Raw maps ``L_c = sum_k w_k A_k`` of the maps A that `layer` gives, for several films and classes at once.
 
     With the gradient ``g`` of the logit of class c with respect to A and ``S_k = sum_xy A_k``, the weights are
 
-    - 'grad': mean of g over the map; 'cam': its sum, for a layer that is pooled and followed by one linear layer (then it is the head's
-      weight); 'xgrad': ``sum(g A) / S``, 0 where S is 0; 'hires' (pixel-wise Grad): g element by element; 'layer': relu(g) likewise;
+    - 'grad': mean of g over the map; 'cam': its sum, for a layer that is pooled and followed by one linear layer (then
+    it is the head's
+      weight); 'xgrad': ``sum(g A) / S``, 0 where S is 0; 'hires' (pixel-wise Grad): g element by element; 'layer':
+      relu(g) likewise;
     - 'gradpp': ``sum(a relu(g))`` with ``a = g^2 / (2 g^2 + S g^3)``, 0 where the denominator or g is 0;
-    - 'smooth_gradpp': ``sum(a relu(D1))`` with ``a = D2 / (2 D2 + S D3)`` and ``Dp`` the mean of ``g^p`` over films with normal noise;
-    - 'score', 'ss', 'is': softmax over the channels of the logit of the film that is multiplied by a mask, ``H_k``: A_k resized to the
-      film, then min-max, a constant channel zero. 'ss': its mean over masks with normal noise; 'is': over masks times ``c_i``.
+    - 'smooth_gradpp': ``sum(a relu(D1))`` with ``a = D2 / (2 D2 + S D3)`` and ``Dp`` the mean of ``g^p`` over films
+    with normal noise;
+    - 'score', 'ss', 'is': softmax over the channels of the logit of the film that is multiplied by a mask, ``H_k``: A_k
+    resized to the
+      film, then min-max, a constant channel zero. 'ss': its mean over masks with normal noise; 'is': over masks times
+      ``c_i``.
 
-    One forward pass; the gradient methods add one backward pass a class, down to `layer` only; see `passes_per_film` for the others.
+    One forward pass; the gradient methods add one backward pass a class, down to `layer` only; see `passes_per_film`
+    for the others.
 
     Parameters
     ----------
     model : nn.Module
-        Gives logits (B, M). It is put in evaluation mode and left there; its parameters and their gradients are not touched.
+        Gives logits (B, M). It is put in evaluation mode and left there; its parameters and their gradients are not
+        touched.
     films : float (B, channels, H, W)
     layer : str
-        Dotted name of a module that runs once in a forward pass and gives maps (B, F, h, w), or tokens (B, T, D) with `token_grid`.
+        Dotted name of a module that runs once in a forward pass and gives maps (B, F, h, w), or tokens (B, T, D) with
+        `token_grid`.
     classes : sequence of int, optional
         Outputs of the model; all of them by default.
     method : str
         One of `METHODS`.
     features : 0 or 1, (F,) or (C, F), optional
-        Channels whose weighted maps are summed (FS-CAM: Li et al., eq. 5). The weights are those of all channels together.
+        Channels whose weighted maps are summed (FS-CAM: Li et al., eq. 5). The weights are those of all channels
+        together.
     token_grid : (rows, columns), optional
         See `inference.as_maps`.
     eps : float
         Of 'gradpp', see `cam.class_activation_maps`.
     samples, sigma : int, float, optional
-        Noisy or scaled copies, and the standard deviation of the noise: of 'smooth_gradpp' 4 and 0.3 (on the film, in its units), of 'ss'
-        35 and 2 (on the mask), of 'is' 10 copies.
+        Noisy or scaled copies, and the standard deviation of the noise: of 'smooth_gradpp' 4 and 0.3 (on the film, in
+        its units), of 'ss' 35 and 2 (on the mask), of 'is' 10 copies.
     seed : int, or one int per film
-        Of the noise, which is drawn film by film on the CPU and so does not depend on the batch or `chunk`. Films of one seed share noise.
+        Of the noise, which is drawn film by film on the CPU and so does not depend on the batch or `chunk`. Films of
+        one seed share noise.
     cumulative : bool
-        'is': ``c_i = sum_{j <= i} j / N``, as published, which ends at (N + 1) / 2; False: the Riemann sum's ``c_i = i / N``.
+        'is': ``c_i = sum_{j <= i} j / N``, as published, which ends at (N + 1) / 2; False: the Riemann sum's ``c_i = i
+        / N``.
     numerator : {2, 1}
         'smooth_gradpp': D2, the form of Grad++; 1: D1, as printed in its paper.
     chunk : int
@@ -82,13 +110,14 @@ def model_cams(model: nn.Module, films: Tensor, layer: str, classes: Sequence[in
     Returns
     -------
     Cams
-        In the precision of the layer's output, on its device. 'smooth_gradpp' needs the memory of `samples` times the films.
+        In the precision of the layer's output, on its device. 'smooth_gradpp' needs the memory of `samples` times the
+        films.
 
     Raises
     ------
     ValueError
-        A layer that is not there, runs more than once, or gives neither maps nor tokens; a method that cannot work with it; a class out of
-        range; values that are not finite.
+        A layer that is not there, runs more than once, or gives neither maps nor tokens; a method that cannot work with
+        it; a class out of range; values that are not finite.
     """
     if method not in METHODS:
         raise ValueError(f"unknown CAM method {method!r}; choose one of {', '.join(METHODS)}")
@@ -98,10 +127,13 @@ def model_cams(model: nn.Module, films: Tensor, layer: str, classes: Sequence[in
     if len(seeds) != len(films):
         raise ValueError(f"need one seed, or one for each of the {len(films)} films, got {len(seeds)}")
     if samples < 1 or sigma < 0 or eps < 0 or chunk < 1 or numerator not in (1, 2):
-        raise ValueError("samples and chunk must be at least 1, sigma and eps not negative, numerator 1 or 2; "
-                         f"got {samples}, {chunk}, {sigma}, {eps}, {numerator}")
+        raise ValueError(
+            "samples and chunk must be at least 1, sigma and eps not negative, numerator 1 or 2; "
+            f"got {samples}, {chunk}, {sigma}, {eps}, {numerator}"
+        )
     model.eval()
-    # As `inference.stream`: TF32, cuDNN's default, keeps 10 bits. Tensors of inference mode cannot take part in a backward pass: cloned.
+    # As `inference.stream`: TF32, cuDNN's default, keeps 10 bits. Tensors of inference mode cannot take part in a
+    # backward pass: cloned.
     with torch.inference_mode(False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         films = films.detach().clone()
         generators = [torch.Generator().manual_seed(one) for one in seeds]
@@ -111,22 +143,32 @@ def model_cams(model: nn.Module, films: Tensor, layer: str, classes: Sequence[in
         maps = as_maps(output.detach(), layer, token_grid)
         if not torch.isfinite(maps).all():
             film, channel = torch.nonzero(~torch.isfinite(maps))[0, :2].tolist()
-            raise ValueError(f"the maps of layer {layer} hold NaN or infinite values, first in film {film} of the batch, channel {channel}")
+            raise ValueError(
+                f"the maps of layer {layer} hold NaN or infinite values, first in film {film} of the batch, channel "
+                f"{channel}"
+            )
         mask = None if features is None else feature_mask(features, len(classes), maps.shape[1]).to(maps)
         if method in PERTURBATION_METHODS:
-            weights = _scores(model, films, maps, classes, method, samples, sigma, generators, cumulative, chunk, progress).unbind(1)
+            weights = _scores(
+                model, films, maps, classes, method, samples, sigma, generators, cumulative, chunk, progress
+            ).unbind(1)
         else:
             smooth = method == "smooth_gradpp"
             start = _noisy_forward(model, films, layer, samples, sigma, generators) if smooth else (logits, output)
             grads = _gradients(*start, classes, layer, token_grid)
-            weights = (_gradient_weights(grad.unflatten(0, (-1, len(films))), maps, method, eps, numerator, layer) for grad in grads)
+            weights = (
+                _gradient_weights(grad.unflatten(0, (-1, len(films))), maps, method, eps, numerator, layer)
+                for grad in grads
+            )
         return Cams(*_sums(maps, weights, mask, layer, classes), logits.detach())
 
 
 def passes_per_film(method: str, n_features: int, n_classes: int, samples: int | None = None) -> tuple[int, int]:
-    """Forward and backward passes that `model_cams` needs for each film, all `n_classes` together; a backward pass ends at the layer.
+    """Forward and backward passes that `model_cams` needs for each film, all `n_classes` together; a backward pass ends
+    at the layer.
 
-    For example 'score' on 2,048 channels takes 2,049 forward passes a film, and 'ss' 71,681. The closed forms of `cam` take 1 and 0.
+    For example 'score' on 2,048 channels takes 2,049 forward passes a film, and 'ss' 71,681. The closed forms of `cam`
+    take 1 and 0.
     """
     if method not in METHODS:
         raise ValueError(f"unknown CAM method {method!r}; choose one of {', '.join(METHODS)}")
@@ -143,7 +185,7 @@ def _forward(model, films, layer):
     def hook(module, inputs, output):
         check_is_tensor(output, layer)
         seen.append(output.detach().clone().requires_grad_(torch.is_grad_enabled()))
-        return seen[-1].clone()                                 # a ReLU that follows may work in place
+        return seen[-1].clone()  # a ReLU that follows may work in place
 
     handle = module.register_forward_hook(hook)
     try:
@@ -153,12 +195,16 @@ def _forward(model, films, layer):
     if len(seen) != 1:
         raise ValueError(f"layer {layer} runs {len(seen)} times in a forward pass: name a module that runs once")
     if logits.ndim != 2 or len(logits) != len(films):
-        raise ValueError(f"the model must give logits (B, M), one row a film; it gives {tuple(logits.shape)} for {len(films)} films")
+        raise ValueError(
+            f"the model must give logits (B, M), one row a film; it gives {tuple(logits.shape)} for {len(films)} films"
+        )
     return logits, seen[0]
 
 
 def _noisy_forward(model, films, layer, samples, sigma, generators):
-    noise = torch.stack([torch.randn(samples, *films.shape[1:], generator=generator) for generator in generators], dim=1)
+    noise = torch.stack(
+        [torch.randn(samples, *films.shape[1:], generator=generator) for generator in generators], dim=1
+    )
     with torch.enable_grad():
         return _forward(model, (films + sigma * noise.to(films)).flatten(0, 1), layer)
 
@@ -167,21 +213,30 @@ def _classes(classes, n_outputs):
     classes = list(range(n_outputs)) if classes is None else [int(c) for c in classes]
     wrong = [c for c in classes if not 0 <= c < n_outputs]
     if wrong or not classes:
-        raise ValueError(f"classes must lie in 0..{n_outputs - 1}, got {wrong[0]}" if wrong else "classes is empty: name at least one")
+        raise ValueError(
+            f"classes must lie in 0..{n_outputs - 1}, got {wrong[0]}"
+            if wrong
+            else "classes is empty: name at least one"
+        )
     return classes
 
 
 def _gradients(logits, output, classes, layer, token_grid):
-    """Of each class in turn, the gradient of its logit with respect to the layer's maps; only one is alive at a time."""
+    """Of each class in turn, the gradient of its logit with respect to the layer's maps; only one is alive at a
+    time."""
     reached = class_token = False
     for position, c in enumerate(classes):
         grad = None
         if logits.requires_grad and output.requires_grad:
             chosen = torch.zeros_like(logits)
             chosen[:, c] = 1
-            grad, = torch.autograd.grad(logits, output, chosen, retain_graph=position + 1 < len(classes), allow_unused=True)
+            (grad,) = torch.autograd.grad(
+                logits, output, chosen, retain_graph=position + 1 < len(classes), allow_unused=True
+            )
         if grad is None:
-            raise ValueError(f"the logits do not depend on layer {layer}, or have no gradient there: name a layer on their way")
+            raise ValueError(
+                f"the logits do not depend on layer {layer}, or have no gradient there: name a layer on their way"
+            )
         of_maps = as_maps(grad, layer, token_grid)
         if not torch.isfinite(of_maps).all():
             raise ValueError(f"the gradient of class {c} at layer {layer} holds NaN or infinite values")
@@ -189,27 +244,33 @@ def _gradients(logits, output, classes, layer, token_grid):
             reached, class_token = bool(of_maps.any()), class_token or bool(grad.any())
         yield of_maps
     if class_token and not reached:
-        raise ValueError(f"after layer {layer} only the class token reaches the logits, so the tokens of the map have no gradient: "
-                         "name an earlier layer, such as the norm before the last attention")
+        raise ValueError(
+            f"after layer {layer} only the class token reaches the logits, so the tokens of the map have no gradient: "
+            "name an earlier layer, such as the norm before the last attention"
+        )
 
 
 def _gradient_weights(grads, maps, method, eps, numerator, layer):
     """(B, F), or (B, F, h, w) of 'hires' and 'layer', from gradients (samples, B, F, h, w) of one class."""
     if method == "smooth_gradpp":
-        # Powers of gradients near 1e-15 would underflow: u = g / m, with m the largest |g| of the film, and D_p = m^p U_p.
+        # Powers of gradients near 1e-15 would underflow: u = g / m, with m the largest |g| of the film, and D_p = m^p
+        # U_p.
         largest = grads.abs().amax(dim=(0, 2, 3, 4))[:, None, None, None]
         unit = grads / torch.where(largest == 0, 1, largest)
         first, second, third = (unit.pow(p).mean(0) for p in (1, 2, 3))
         denominator = 2 * second + maps.sum(dim=(2, 3), keepdim=True) * largest * third
         alpha = torch.where(denominator == 0, 0, (second * largest if numerator == 2 else first) / denominator)
         return (alpha * first.clamp(min=0)).sum(dim=(2, 3))
-    grad, = grads
+    (grad,) = grads
     if method == "cam":
         weights = grad.sum(dim=(2, 3))
         spread = (grad - grad[:1, :, :1, :1]).abs().max()
         if spread > 1e-4 * grad.abs().max():
-            raise ValueError(f"'cam' cannot work with layer {layer}: it is not pooled and followed by one linear layer, for the gradient "
-                             "differs between places or films; choose 'grad' or another method")
+            raise ValueError(
+                f"'cam' cannot work with layer {layer}: it is not pooled and followed by one linear layer, for the "
+                "gradient "
+                "differs between places or films; choose 'grad' or another method"
+            )
         return weights
     if method == "grad":
         return grad.mean(dim=(2, 3))
@@ -225,7 +286,8 @@ def _gradient_weights(grads, maps, method, eps, numerator, layer):
 
 @torch.no_grad()
 def _scores(model, films, maps, classes, method, samples, sigma, generators, cumulative, chunk, progress):
-    """Softmax over the channels of the masked films' logits, (B, C, F): one forward pass of a masked film serves all classes."""
+    """Softmax over the channels of the masked films' logits, (B, C, F): one forward pass of a masked film serves all
+    classes."""
     batch, channels = maps.shape[:2]
     size, flat = films.shape[2:], maps.flatten(0, 1)
     total = maps.new_zeros(batch * channels, len(classes))
@@ -235,8 +297,10 @@ def _scores(model, films, maps, classes, method, samples, sigma, generators, cum
             piece = slice(start, min(start + chunk, len(flat)))
             owners = [pair // channels for pair in range(piece.start, piece.stop)]
             masks = normalise(resize(flat[piece], tuple(size)), rectify=False)
-            if method == "ss":                                  # mask by mask, for the same reason
-                masks = masks + sigma * torch.stack([torch.randn(size, generator=generators[owner]) for owner in owners]).to(masks)
+            if method == "ss":  # mask by mask, for the same reason
+                masks = masks + sigma * torch.stack(
+                    [torch.randn(size, generator=generators[owner]) for owner in owners]
+                ).to(masks)
             elif method == "is":
                 masks = masks * ((copy + 1) * copy / 2 if cumulative else copy) / samples
             total[piece] += model(films[owners] * masks[:, None].to(films))[:, classes].to(total)
@@ -246,7 +310,8 @@ def _scores(model, films, maps, classes, method, samples, sigma, generators, cum
 
 @torch.no_grad()
 def _sums(maps, weights, mask, layer, classes):
-    """Maps (B, C, h, w) and contributions (B, C, F), class by class: weights (B, F, h, w) of all classes would not fit."""
+    """Maps (B, C, h, w) and contributions (B, C, F), class by class: weights (B, F, h, w) of all classes would not
+    fit."""
     raw, contributions = [], []
     for position, weight in enumerate(weights):
         chosen = None if mask is None else mask if mask.ndim == 1 else mask[position]
@@ -259,6 +324,9 @@ def _sums(maps, weights, mask, layer, classes):
             contributions.append(weighted.sum(dim=(2, 3)))
             raw.append(weighted.sum(dim=1))
         if not torch.isfinite(raw[-1]).all():
-            raise ValueError(f"the map of class {classes[position]} at layer {layer} overflows, for 'gradpp' and 'smooth_gradpp' where a "
-                             "denominator is nearly 0, or the scores of the perturbed films are not finite")
+            raise ValueError(
+                f"the map of class {classes[position]} at layer {layer} overflows, for 'gradpp' and 'smooth_gradpp' "
+                "where a "
+                "denominator is nearly 0, or the scores of the perturbed films are not finite"
+            )
     return torch.stack(raw, dim=1), torch.stack(contributions, dim=1)

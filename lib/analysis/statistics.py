@@ -4,8 +4,8 @@ Every function draws with the same rule (`patient_replicates`): the same seed an
 draws, whatever the order of the films. Two runs evaluated on the same films are therefore paired, and their differences
 (`paired_difference`, `metrics.metric_differences`) carry the interval of the difference, not of two independent means.
 
-A replicate never copies films: a film drawn twice has weight 2. Weighted sums over films become products of the counts per
-patient with sums per patient, which is exact and keeps memory far below (replicates x films).
+A replicate never copies films: a film drawn twice has weight 2. Weighted sums over films become products of the counts
+per patient with sums per patient, which is exact and keeps memory far below (replicates x films).
 """
 
 from dataclasses import dataclass
@@ -119,7 +119,9 @@ def mean_interval(values: ArrayLike, patients: ArrayLike, n_replicates: int = 10
     return _mean_intervals(values, np.zeros(values.shape, dtype=np.int64), 1, patients, n_replicates, seed)[0]
 
 
-def mean_intervals(values: ArrayLike, groups: ArrayLike, patients: ArrayLike, n_replicates: int = 1000, seed: int = 0) -> pd.DataFrame:
+def mean_intervals(
+    values: ArrayLike, groups: ArrayLike, patients: ArrayLike, n_replicates: int = 1000, seed: int = 0
+) -> pd.DataFrame:
     """Mean and interval of each group of records (a class, say), all groups from the same draws.
 
     Parameters
@@ -172,7 +174,9 @@ def paired_difference(
     """
     a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     if a.shape != b.shape:
-        raise ValueError(f"values_a has shape {a.shape} and values_b {b.shape}: both must hold the same records in the same order")
+        raise ValueError(
+            f"values_a has shape {a.shape} and values_b {b.shape}: both must hold the same records in the same order"
+        )
     if np.isinf(a).any() or np.isinf(b).any():
         raise ValueError("values_a or values_b holds an infinite value; undefined values must be NaN")
     return mean_interval(a - b, patients, n_replicates, seed)
@@ -218,7 +222,8 @@ def _mean_intervals(
 ) -> list[Interval]:
     if values.ndim != 1 or len(values) != len(patients) or len(values) != len(groups):
         raise ValueError(
-            f"values have shape {values.shape}, with {len(groups)} groups and {len(patients)} patients: one of each a record is needed"
+            f"values have shape {values.shape}, with {len(groups)} groups and {len(patients)} patients: one of each "
+            "a record is needed"
         )
     if np.isinf(values).any():
         raise ValueError(f"values: record {int(np.argmax(np.isinf(values)))} is infinite; undefined values must be NaN")

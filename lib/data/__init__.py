@@ -2,12 +2,14 @@
 
 
 def open_data(study):
-    """The release and the store of a study; the phantom or the digits are written and the store is built where they are missing.
+    """The release and the store of a study; the phantom or the digits are written and the store is built where they are
+    missing.
 
     Parameters
     ----------
     study : lib.params.Study
-        Its `release`: 'nih' and 'rsna' are read from `release_folder`; 'phantom', 'phantom_rsna' (the phantom in RSNA's layout) and, without a
+        Its `release`: 'nih' and 'rsna' are read from `release_folder`; 'phantom', 'phantom_rsna' (the phantom in RSNA's
+        layout) and, without a
         `data_root`, 'digits' are written there first.
 
     Returns
@@ -41,14 +43,21 @@ def _write_release(study):
     if not simulated and (study.release != "digits" or study.data_root):
         return
     from lib.data.digits import write_digits
-    from lib.data.phantom import write_phantom
+    from lib.data.phantom.films import write_phantom
     from lib.locks import exclusive
 
     study.folder.mkdir(parents=True, exist_ok=True)
     with exclusive(study.folder / ".release.lock", f"waiting for another process that writes {study.release_folder}"):
         if simulated:
-            write_phantom(study.release_folder, n_films=study.phantom_films, size=study.phantom_size, seed=study.phantom_seed,
-                          floor=study.phantom_floor, marker=study.phantom_marker, layout="rsna" if study.release == "phantom_rsna" else "nih")
+            write_phantom(
+                study.release_folder,
+                n_films=study.phantom_films,
+                size=study.phantom_size,
+                seed=study.phantom_seed,
+                floor=study.phantom_floor,
+                marker=study.phantom_marker,
+                layout="rsna" if study.release == "phantom_rsna" else "nih",
+            )
         else:
             write_digits(study.release_folder)
 

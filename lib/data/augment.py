@@ -1,12 +1,14 @@
 """The authors' training augmentation, which the paper does not describe: more than crop, flip and jitter.
 
-A film is cropped at random in size and shape, transposed, mirrored, shifted, scaled and rotated, made brighter or darker, and loses a few
-squares. The first steps take uint8 films on the CPU, so that every device trains on the same pixels; the squares are cut after
-normalisation, where 0 is the mean. All draws are passed in: a film's `DRAWS` numbers of `batches.film_draws`, used in the order below.
+A film is cropped at random in size and shape, transposed, mirrored, shifted, scaled and rotated, made brighter or
+darker, and loses a few squares. The first steps take uint8 films on the CPU, so that every device trains on the same
+pixels; the squares are cut after normalisation, where 0 is the mean. All draws are passed in: a film's `DRAWS` numbers
+of `batches.film_draws`, used in the order below.
 
-The steps and their ranges are those of imba-explain (configs/_base_/datasets/nih_class_dataset.py) and of albumentations' defaults. What
-differs: films come from the store at its size, not at 280 pixels; the centre is the film's own, not half a pixel beside it; levels are
-rounded, not cut; holes keep their share of the film at other sizes than 224.
+The steps and their ranges are those of imba-explain (configs/_base_/datasets/nih_class_dataset.py) and of
+albumentations' defaults. What differs: films come from the store at its size, not at 280 pixels; the centre is the
+film's own, not half a pixel beside it; levels are rounded, not cut; holes keep their share of the film at other sizes
+than 224.
 """
 
 import cv2
@@ -30,11 +32,14 @@ def _split(draws: np.ndarray) -> list[np.ndarray]:
 def augmented_crops(images: np.ndarray, rows: np.ndarray, draws: np.ndarray, size: int, jitter: float) -> np.ndarray:
     """Films after every step but the holes.
 
-    1. Crop of a share of the area in [0.08, 1] and of an aspect ratio in [3/4, 4/3] (its logarithm is uniform), resized bilinearly.
+    1. Crop of a share of the area in [0.08, 1] and of an aspect ratio in [3/4, 4/3] (its logarithm is uniform), resized
+    bilinearly.
     2. Transposed with probability 1/2. 3. Mirrored with probability 1/2.
-    4. With probability 1/2 shifted by up to 1/16 of the side each way, scaled by 0.9 to 1.1 and rotated by up to 45 degrees about the
+    4. With probability 1/2 shifted by up to 1/16 of the side each way, scaled by 0.9 to 1.1 and rotated by up to 45
+    degrees about the
        centre, bilinearly; what comes in from outside is the film reflected.
-    5. With probability 1/2 x -> clip(c x + b, 0, 1) for x in [0, 1], c in [1 - jitter, 1 + jitter], b in [-jitter, jitter], to the nearest
+    5. With probability 1/2 x -> clip(c x + b, 0, 1) for x in [0, 1], c in [1 - jitter, 1 + jitter], b in [-jitter,
+    jitter], to the nearest
        of 256 levels. (The paper's recipe, as we read it, turns the contrast about the film's mean.)
 
     Parameters
@@ -75,7 +80,9 @@ def augmented_crops(images: np.ndarray, rows: np.ndarray, draws: np.ndarray, siz
     return films
 
 
-def _crop_windows(crop: np.ndarray, place: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _crop_windows(
+    crop: np.ndarray, place: np.ndarray, side: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """top, left, height, width of each film's crop, int64 (B,): the first attempt that fits, else the whole film."""
     area = (0.08 + 0.92 * crop[:, :ATTEMPTS]) * side**2
     ratio = (4 / 3) ** (2 * crop[:, ATTEMPTS:] - 1)

@@ -1,4 +1,5 @@
-"""Batches on any device. Order and augmentation are functions of (seed, epoch, film), not of history, ranks, batch size or device."""
+"""Batches on any device. Order and augmentation are functions of (seed, epoch, film), not of history, ranks, batch size
+or device."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -52,9 +53,10 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Shuffled, augmented batches of one epoch.
 
-    Each film is cropped at random from store.size to image_size, mirrored with probability 1/2, and jittered in brightness and contrast:
-    x -> clip(c (x - m) + m + b, 0, 1) for x in [0, 1], m the mean of the crop, c in [1 - jitter, 1 + jitter], b in [-jitter, jitter].
-    A film's draws depend on (seed, epoch, row) alone, the order on (seed, epoch) and `rows`.
+    Each film is cropped at random from store.size to image_size, mirrored with probability 1/2, and jittered in
+    brightness and contrast: x -> clip(c (x - m) + m + b, 0, 1) for x in [0, 1], m the mean of the crop, c in [1 -
+    jitter, 1 + jitter], b in [-jitter, jitter]. A film's draws depend on (seed, epoch, row) alone, the order on (seed,
+    epoch) and `rows`.
 
     Parameters
     ----------
@@ -65,8 +67,9 @@ def training_batches(
     batch_size : int
         Of all ranks together; a multiple of world_size, at least 2 films a rank, because batch normalisation needs two.
     rank, world_size : int
-        Rank r takes films r, r + world_size, ... of each global batch. The last batch is cut to a multiple of world_size, so that every
-        rank has equally many films, and left out where that is fewer than 2 a rank: `count_batches` says how many there are.
+        Rank r takes films r, r + world_size, ... of each global batch. The last batch is cut to a multiple of
+        world_size, so that every rank has equally many films, and left out where that is fewer than 2 a rank:
+        `count_batches` says how many there are.
     jitter : float in [0, 1)
         0 switches it off.
     flip : bool
@@ -75,11 +78,15 @@ def training_batches(
     Raises
     ------
     ValueError
-        At the call, before any batch: parameters out of range, rows that are not in the store, targets of another length.
+        At the call, before any batch: parameters out of range, rows that are not in the store, targets of another
+        length.
     """
     rows = _check(store, rows, targets, image_size)
     if image_size > store.size:
-        raise ValueError(f"image_size {image_size} exceeds the {store.size} pixels of the store; build the store at image_size or larger")
+        raise ValueError(
+            f"image_size {image_size} exceeds the {store.size} pixels of the store; build the store at image_size or "
+            "larger"
+        )
     if not 0 <= jitter < 1:
         raise ValueError(f"jitter is {jitter}; it must be at least 0 and below 1")
     if not 0 <= rank < world_size:
@@ -89,10 +96,14 @@ def training_batches(
     if augmentation not in ("paper", "imba"):
         raise ValueError(f"augmentation is {augmentation!r}; it must be 'paper' or 'imba'")
     if augmentation == "imba" and not flip:
-        raise ValueError("augmentation 'imba' transposes and turns films; for classes that a mirror changes it must be 'paper'")
+        raise ValueError(
+            "augmentation 'imba' transposes and turns films; for classes that a mirror changes it must be 'paper'"
+        )
     n_batches = count_batches(len(rows), batch_size, world_size)
     if n_batches == 0:
-        raise ValueError(f"{len(rows)} training films make no batch for {world_size} processes; at least 2 each are needed")
+        raise ValueError(
+            f"{len(rows)} training films make no batch for {world_size} processes; at least 2 each are needed"
+        )
 
     order = rows[np.random.default_rng((seed, epoch)).permutation(len(rows))]
 
@@ -125,9 +136,16 @@ def training_batches(
 
 
 def evaluation_batches(
-    store: Store, rows: np.ndarray, targets: np.ndarray, *, image_size: int, batch_size: int, device: torch.device | str = "cpu"
+    store: Store,
+    rows: np.ndarray,
+    targets: np.ndarray,
+    *,
+    image_size: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """Batches of whole films resized to image_size (antialiased bilinear), in the order of `rows`, none left out, not augmented.
+    """Batches of whole films resized to image_size (antialiased bilinear), in the order of `rows`, none left out, not
+    augmented.
 
     A film's pixels do not depend on batch_size; where image_size equals store.size they are the stored ones.
     Parameters as `training_batches`.
@@ -153,13 +171,19 @@ def evaluation_batches(
 def count_batches(n_films: int, batch_size: int, world_size: int = 1) -> int:
     """Number of batches of an epoch of `training_batches`, equal on every rank."""
     if world_size < 1 or batch_size % world_size or batch_size < 2 * world_size:
-        raise ValueError(f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes, with at least 2 films for each")
+        raise ValueError(
+            f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes, with at least 2 films "
+            "for each"
+        )
     full, rest = divmod(n_films, batch_size)
     return full + (rest >= 2 * world_size)
 
 
-def gather_crops(images: np.ndarray, rows: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray, size: int) -> np.ndarray:
-    """Crops at (top, left) of the given rows of `images` (N, H, W), mirrored where `flip`, as one uint8 array (B, size, size)."""
+def gather_crops(
+    images: np.ndarray, rows: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray, size: int
+) -> np.ndarray:
+    """Crops at (top, left) of the given rows of `images` (N, H, W), mirrored where `flip`, as one uint8 array (B, size,
+    size)."""
     crops = np.empty((len(rows), size, size), np.uint8)
     for crop, row, y, x, mirrored in zip(crops, rows.tolist(), top.tolist(), left.tolist(), flip.tolist(), strict=True):
         window = images[row, y : y + size, x : x + size]
@@ -168,7 +192,8 @@ def gather_crops(images: np.ndarray, rows: np.ndarray, top: np.ndarray, left: np
 
 
 def film_draws(seed: int, epoch: int, rows: np.ndarray, n: int) -> np.ndarray:
-    """n uniform draws in [0, 1) for each film, float64 (B, n): a hash (splitmix64) of seed, epoch, row and the number of the draw."""
+    """n uniform draws in [0, 1) for each film, float64 (B, n): a hash (splitmix64) of seed, epoch, row and the number
+    of the draw."""
     epoch_key = _splitmix64(_splitmix64(np.array([seed], np.uint64)) ^ np.uint64(epoch))
     film_key = _splitmix64(epoch_key ^ _splitmix64(np.asarray(rows).astype(np.uint64)))
     bits = _splitmix64(film_key[:, None] + np.arange(1, n + 1, dtype=np.uint64))
@@ -186,17 +211,23 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 def _check(store: Store, rows: np.ndarray, targets: np.ndarray, image_size: int) -> np.ndarray:
     rows = np.asarray(rows)
     if not np.issubdtype(rows.dtype, np.integer) and len(rows):
-        raise ValueError(f"rows are {rows.dtype}; they must be integers, such as Store.rows gives (np.flatnonzero turns a mask into rows)")
+        raise ValueError(
+            f"rows are {rows.dtype}; they must be integers, such as Store.rows gives (np.flatnonzero turns a mask "
+            "into rows)"
+        )
     rows = rows.astype(np.int64)
     if image_size < 1:
         raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel")
     if len(targets) != len(store.images):
         raise ValueError(
-            f"targets have {len(targets)} rows, the store has {len(store.images)} films; pass the targets of the whole release "
+            f"targets have {len(targets)} rows, the store has {len(store.images)} films; pass the targets of the "
+            "whole release "
             "that the store was opened for, without its unreadable films: release.without(store.unreadable)"
         )
     if rows.ndim != 1 or (len(rows) and (rows.min() < 0 or rows.max() >= len(store.images))):
-        raise ValueError(f"rows must be one-dimensional, each at least 0 and below the {len(store.images)} films of the store")
+        raise ValueError(
+            f"rows must be one-dimensional, each at least 0 and below the {len(store.images)} films of the store"
+        )
     return rows
 
 

@@ -23,16 +23,17 @@ def decode_film(data: bytes, size: int, suffix: str = ".png") -> np.ndarray:
     Returns
     -------
     uint8 (size, size)
-        PNG: colour and transparency are dropped. DICOM: bright is what MONOCHROME2 shows bright, after the rescale. Films of up to 8 stored
-        bits keep their values, whatever window the header proposes (the range that the bits can hold is 0 to 255); deeper ones are cut to the
-        header's first window, and where there is none the film's darkest and brightest pixel become 0 and 255.
+        PNG: colour and transparency are dropped. DICOM: bright is what MONOCHROME2 shows bright, after the rescale.
+        Films of up to 8 stored bits keep their values, whatever window the header proposes (the range that the bits can
+        hold is 0 to 255); deeper ones are cut to the header's first window, and where there is none the film's darkest
+        and brightest pixel become 0 and 255.
 
     Raises
     ------
     ValueError
-        Saying what is wrong with the file: empty, truncated, damaged, of another kind, not square; a DICOM file in colour, with several
-        frames, with look-up tables, or compressed in a way that cannot be decoded here. Damage inside a JPEG stream that is as long as it
-        should be goes unseen: unlike PNG it has no checksums.
+        Saying what is wrong with the file: empty, truncated, damaged, of another kind, not square; a DICOM file in
+        colour, with several frames, with look-up tables, or compressed in a way that cannot be decoded here. Damage
+        inside a JPEG stream that is as long as it should be goes unseen: unlike PNG it has no checksums.
     """
     readers = {".png": _read_png, ".dcm": _read_dicom}
     if suffix.lower() not in readers:
@@ -40,11 +41,13 @@ def decode_film(data: bytes, size: int, suffix: str = ".png") -> np.ndarray:
     film = readers[suffix.lower()](data)
     height, width = film.shape[:2]
     if height != width:
-        raise ValueError(f"it is not square ({width} x {height}): boxes and crops assume the square films of the release")
+        raise ValueError(
+            f"it is not square ({width} x {height}): boxes and crops assume the square films of the release"
+        )
     if film.ndim == 3:
         film = cv2.cvtColor(film, cv2.COLOR_BGRA2GRAY if film.shape[2] == 4 else cv2.COLOR_BGR2GRAY)
-    # Halves first where they nest: OpenCV averages 2 x 2 ten times faster than 4 x 4, and rounding twice moves a pixel by one grey level
-    # at most.
+    # Halves first where they nest: OpenCV averages 2 x 2 ten times faster than 4 x 4, and rounding twice moves a pixel
+    # by one grey level at most.
     while len(film) % (2 * size) == 0:
         film = cv2.resize(film, (len(film) // 2, len(film) // 2), interpolation=cv2.INTER_AREA)
     if len(film) != size:
@@ -55,7 +58,8 @@ def decode_film(data: bytes, size: int, suffix: str = ".png") -> np.ndarray:
 
 
 def read_films(paths: Iterable[str], size: int) -> np.ndarray:
-    """A few films straight from their files, to look at: uint8 (N, size, size). A film that cannot be read raises ValueError with its path."""
+    """A few films straight from their files, to look at: uint8 (N, size, size). A film that cannot be read raises
+    ValueError with its path."""
     films = []
     for path in map(Path, paths):
         try:
@@ -77,7 +81,8 @@ def _read_png(data: bytes) -> np.ndarray:
 
 
 def _check_png(data: bytes) -> None:
-    """Walk the chunks to IEND and check their sums: some versions of OpenCV return a truncated PNG as a film whose rest is blank."""
+    """Walk the chunks to IEND and check their sums: some versions of OpenCV return a truncated PNG as a film whose rest
+    is blank."""
     if not data:
         raise ValueError("it is empty")
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -119,7 +124,10 @@ def _read_dicom(data: bytes) -> np.ndarray:
     if "PixelData" not in header:
         raise ValueError("it is truncated, or has no pixels")
     if samples != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"its pixels are {kind or 'of no stated kind'}, {samples} values each; films are MONOCHROME1 or MONOCHROME2, one value each")
+        raise ValueError(
+            f"its pixels are {kind or 'of no stated kind'}, {samples} values each; films are MONOCHROME1 or "
+            "MONOCHROME2, one value each"
+        )
     if frames != 1:
         raise ValueError(f"it has {frames} frames; films have one")
     try:
@@ -127,24 +135,36 @@ def _read_dicom(data: bytes) -> np.ndarray:
     except NotImplementedError:
         decodable = False
     if not decodable:
-        raise ValueError(f"its pixels are compressed as {syntax.name}, which cannot be decoded here; decompress it first (dcmdjpeg, gdcmconv --raw)")
+        raise ValueError(
+            f"its pixels are compressed as {syntax.name}, which cannot be decoded here; decompress it first "
+            "(dcmdjpeg, gdcmconv --raw)"
+        )
     with _faults_of_the_file():
         stored = header.pixel_array
         bits, signed = int(header.BitsStored), bool(header.PixelRepresentation)
     if not 1 <= bits <= 16 or slope == 0 or not np.isfinite(2.0**16 * abs(slope) + abs(intercept)):
         rescale = f"rescaled by {slope:g} x + {intercept:g}"
-        raise ValueError(f"its grey values have {bits} bits and are {rescale}; films have 1 to 16 bits, and a finite slope but 0")
+        raise ValueError(
+            f"its grey values have {bits} bits and are {rescale}; films have 1 to 16 bits, and a finite slope but 0"
+        )
     windowed = bits > 8 and centre is not None and width is not None
     if "ModalityLUTSequence" in header or ("VOILUTSequence" in header and bits > 8 and not windowed):
-        raise ValueError("its grey values go through a look-up table, which is not supported; convert it to plain MONOCHROME2")
+        raise ValueError(
+            "its grey values go through a look-up table, which is not supported; convert it to plain MONOCHROME2"
+        )
 
     first = -(2 ** (bits - 1)) if signed else 0
-    # Of every value that a pixel may hold: the whole mapping is one table. Clipped below: bits above the stored ones may hold anything.
+    # Of every value that a pixel may hold: the whole mapping is one table. Clipped below: bits above the stored ones
+    # may hold anything.
     values = slope * np.arange(first, first + 2**bits) + intercept
     if windowed:
         dark, bright = _window(centre, width, function)
     else:
-        ends = [0, len(values) - 1] if bits <= 8 else np.clip([int(stored.min()) - first, int(stored.max()) - first], 0, len(values) - 1)
+        ends = (
+            [0, len(values) - 1]
+            if bits <= 8
+            else np.clip([int(stored.min()) - first, int(stored.max()) - first], 0, len(values) - 1)
+        )
         dark, bright = sorted(values[ends])
     shades = np.clip((values - dark) / (bright - dark), 0, 1) if bright > dark else np.zeros(len(values))
     if kind == "MONOCHROME1":
@@ -166,7 +186,9 @@ def _window(centre: float, width: float, function: str) -> tuple[float, float]:
     """Rescaled values that a window shows as black and as white (DICOM PS3.3, C.11.2.1)."""
     if function not in ("LINEAR", "LINEAR_EXACT"):
         raise ValueError(f"its window is {function}; LINEAR and LINEAR_EXACT are supported")
-    if function == "LINEAR":  # the standard counts whole values: the centre lies half a step lower, and the width spans one step less
+    if (
+        function == "LINEAR"
+    ):  # the standard counts whole values: the centre lies half a step lower, and the width spans one step less
         centre, width = centre - 0.5, width - 1
     if not (np.isfinite([centre, width]).all() and width > 0):
         raise ValueError("its window has no width")
@@ -177,7 +199,9 @@ def _window(centre: float, width: float, function: str) -> tuple[float, float]:
 def _faults_of_the_file():
     try:
         yield
-    # Damaged headers and streams make pydicom raise nearly anything (AttributeError, struct.error, KeyError, RuntimeError, ...); such a film
-    # must be named, and must not end the decoding of all others.
+    # Damaged headers and streams make pydicom raise nearly anything (AttributeError, struct.error, KeyError,
+    # RuntimeError, ...); such a film must be named, and must not end the decoding of all others.
     except Exception as error:
-        raise ValueError(f"it is truncated or damaged ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from error
+        raise ValueError(
+            f"it is truncated or damaged ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+        ) from error

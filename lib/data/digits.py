@@ -1,4 +1,5 @@
-"""Scikit-learn's handwritten digits as a release: 1,797 real images that come with the library, to run the analyses beyond chest films."""
+"""Scikit-learn's handwritten digits as a release: 1,797 real images that come with the library, to run the analyses
+beyond chest films."""
 
 import json
 import os
@@ -8,9 +9,9 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from lib.data.nih import DIGITS, FILM_COLUMNS, Release
-from lib.data.nih_files import ReleaseError, box_frame, find_file, problem_frame, read_lines, require, some
-from lib.data.phantom_files import write_file
+from lib.data.phantom.files import write_file
+from lib.data.release import DIGITS, FILM_COLUMNS, Release, ReleaseError, box_frame, problem_frame
+from lib.data.rows import find_file, read_lines, require, some
 from lib.data.rsna import draw_splits
 
 TABLE = "digits.csv"
@@ -22,9 +23,9 @@ _BRIGHTEST = 16
 def write_digits(root: str | Path, *, size: int = 32) -> None:
     """Write the digits as 8-bit PNG files images/digit_0000.png ... , digits.csv (image, label) and, last, digits.json.
 
-    The data are 8 x 8 values 0 to 16, each a count of ink in one 4 x 4 block of a 32 x 32 drawing. They are scaled to 0 to 255 (bright is ink)
-    and enlarged by nearest neighbour, which puts each count back over its block: no grey is invented, none overshoots, and averaging the
-    blocks returns the data.
+    The data are 8 x 8 values 0 to 16, each a count of ink in one 4 x 4 block of a 32 x 32 drawing. They are scaled to 0
+    to 255 (bright is ink) and enlarged by nearest neighbour, which puts each count back over its block: no grey is
+    invented, none overshoots, and averaging the blocks returns the data.
 
     An interrupted call is continued by the next; a call for what is already there returns at once.
 
@@ -41,14 +42,23 @@ def write_digits(root: str | Path, *, size: int = 32) -> None:
     if isinstance(size, bool) or size != int(size) or size < SIDE or size % SIDE:
         raise ValueError(f"size is {size!r}: it must be a multiple of {SIDE} pixels")
     root = Path(root)
-    finished, unfinished, parameters = root / "digits.json", root / "digits.unfinished.json", {"format": 1, "size": int(size)}
+    finished, unfinished, parameters = (
+        root / "digits.json",
+        root / "digits.unfinished.json",
+        {"format": 1, "size": int(size)},
+    )
     if finished.exists():
         if json.loads(finished.read_text()) != parameters:
             found = finished.read_text()
-            raise ValueError(f"{root} already holds digits with {found}, not the {parameters} asked for: choose another folder, or delete it")
+            raise ValueError(
+                f"{root} already holds digits with {found}, not the {parameters} asked for: choose another folder, "
+                "or delete it"
+            )
         return
     if not unfinished.exists() and root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root} exists and holds no digits (it has no digits.json): choose an empty or new folder")
+        raise FileExistsError(
+            f"{root} exists and holds no digits (it has no digits.json): choose an empty or new folder"
+        )
     (root / "images").mkdir(parents=True, exist_ok=True)
     write_file(unfinished, json.dumps(parameters).encode())
 
@@ -69,8 +79,9 @@ def write_digits(root: str | Path, *, size: int = 32) -> None:
 def read_digits(root: str | Path, *, validation_fraction: float, seed: int) -> Release:
     """Read the folder of `write_digits` as a release of ten classes, '0' to '9', one per image.
 
-    The data do not say who wrote which digit: each image counts as a patient of its own, so writers may be on both sides of the split, and
-    intervals over patients are intervals over images. There are no boxes, ages, sexes or views (NaN and '').
+    The data do not say who wrote which digit: each image counts as a patient of its own, so writers may be on both
+    sides of the split, and intervals over patients are intervals over images. There are no boxes, ages, sexes or views
+    (NaN and '').
 
     Parameters
     ----------
@@ -88,7 +99,9 @@ def read_digits(root: str | Path, *, validation_fraction: float, seed: int) -> R
         raise ValueError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1, both excluded")
     root = Path(root).expanduser().resolve()
     if not root.is_dir():
-        raise ReleaseError(f"{root} is not a folder; write the digits there with write_digits (data_root empty does that)")
+        raise ReleaseError(
+            f"{root} is not a folder; write the digits there with write_digits (data_root empty does that)"
+        )
     find_file(root, "digits.json")  # written last
     path = find_file(root, TABLE)
     lines = read_lines(path)
@@ -101,10 +114,15 @@ def read_digits(root: str | Path, *, validation_fraction: float, seed: int) -> R
     there = set(os.listdir(root / "images")) if (root / "images").is_dir() else set()
     missing = [name for name in images if name not in there]
     if missing:
-        raise ReleaseError(f"{len(missing)} images of {path} are missing from images/: {some(missing)}. Delete {root} to have it written again.")
+        raise ReleaseError(
+            f"{len(missing)} images of {path} are missing from images/: {some(missing)}. Delete {root} to have it "
+            "written again."
+        )
     few = [digit for digit in DIGITS if labels.count(digit) < 3]
     if few or len(set(images)) < len(images):
-        raise ReleaseError(f"{path} names an image twice, or has fewer than 3 of a digit; delete {root} to have it written again")
+        raise ReleaseError(
+            f"{path} names an image twice, or has fewer than 3 of a digit; delete {root} to have it written again"
+        )
     films = pd.DataFrame(
         {
             "image": images,
@@ -114,7 +132,9 @@ def read_digits(root: str | Path, *, validation_fraction: float, seed: int) -> R
             "view": "",
             "follow_up": 0,
             "labels": labels,
-            "split": draw_splits(images, labels, test_fraction=TEST_FRACTION, validation_fraction=validation_fraction, seed=seed),
+            "split": draw_splits(
+                images, labels, test_fraction=TEST_FRACTION, validation_fraction=validation_fraction, seed=seed
+            ),
             "path": [str(root / "images" / name) for name in images],
         }
     )

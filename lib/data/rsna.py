@@ -1,4 +1,5 @@
-"""The RSNA Pneumonia Detection Challenge release (2018, stage 2) as it lies on disk: DICOM films, boxes, detailed classes."""
+"""The RSNA Pneumonia Detection Challenge release (2018, stage 2) as it lies on disk: DICOM films, boxes, detailed
+classes."""
 
 import hashlib
 import os
@@ -8,8 +9,18 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from lib.data.nih import FILM_COLUMNS, PNEUMONIA, Release
-from lib.data.nih_files import NO_FINDING, ReleaseError, box_fault, box_frame, clip_box, find_file, problem_frame, read_lines, require, some
+from lib.data.release import (
+    FILM_COLUMNS,
+    NO_FINDING,
+    PNEUMONIA,
+    Release,
+    ReleaseError,
+    box_fault,
+    box_frame,
+    clip_box,
+    problem_frame,
+)
+from lib.data.rows import find_file, read_lines, require, some
 
 FILMS = "stage_2_train_images"
 LABELS = "stage_2_train_labels.csv"
@@ -32,14 +43,15 @@ def read_rsna(
     """Read and check a release in RSNA layout.
 
     Expects `stage_2_train_labels.csv`, the films `stage_2_train_images/<patientId>.dcm` and, if there is one,
-    `stage_2_detailed_class_info.csv`. Both csv files hold one row a box, so that a patient with three boxes stands there three times: rows
-    are gathered by patient before anything is divided. A patient is one film (the DICOM header's PatientID is the same id).
+    `stage_2_detailed_class_info.csv`. Both csv files hold one row a box, so that a patient with three boxes stands
+    there three times: rows are gathered by patient before anything is divided. A patient is one film (the DICOM
+    header's PatientID is the same id).
 
-    No film is opened: that takes minutes, and the store opens each anyway. So age is NaN and sex and view are '', though the DICOM headers
-    have them.
+    No film is opened: that takes minutes, and the store opens each anyway. So age is NaN and sex and view are '',
+    though the DICOM headers have them.
 
-    The release labels films, not splits. Here `test_fraction` of the patients (Nam & Lee divide 9:1) and then `validation_fraction` of the
-    others are drawn, Target 0 and Target 1 apart, by `draw_splits`.
+    The release labels films, not splits. Here `test_fraction` of the patients (Nam & Lee divide 9:1) and then
+    `validation_fraction` of the others are drawn, Target 0 and Target 1 apart, by `draw_splits`.
 
     Parameters
     ----------
@@ -47,21 +59,23 @@ def read_rsna(
     seed : int
         Of the draw.
     on_missing : 'error' or 'skip'
-        What to do with a patient who has no DICOM file, or none of the detailed classes. 'skip' goes on without that film, or without its
-        detailed class, and notes it in `problems`. Films without a row in the labels are always left out and noted.
+        What to do with a patient who has no DICOM file, or none of the detailed classes. 'skip' goes on without that
+        film, or without its detailed class, and notes it in `problems`. Films without a row in the labels are always
+        left out and noted.
 
     Returns
     -------
     Release
-        `films` has one column more, `detail`: 'Lung Opacity', 'Normal', 'No Lung Opacity / Not Normal', or '' where it is not known. `labels`
-        is 'Pneumonia' for Target 1, 'No Finding' for class Normal, and '' for the films between, which are neither; the classes are NIH's.
-        Boxes are of class Pneumonia, in the pixels of the 1024 x 1024 films; those that reach past their film are clipped, and noted.
+        `films` has one column more, `detail`: 'Lung Opacity', 'Normal', 'No Lung Opacity / Not Normal', or '' where it
+        is not known. `labels` is 'Pneumonia' for Target 1, 'No Finding' for class Normal, and '' for the films between,
+        which are neither; the classes are NIH's. Boxes are of class Pneumonia, in the pixels of the 1024 x 1024 films;
+        those that reach past their film are clipped, and noted.
 
     Raises
     ------
     ReleaseError
-        Missing, empty or malformed files, unknown columns, targets or classes, Target 1 without a box or 0 with one, a patient with two
-        targets or two classes, boxes without area or outside their film, too few patients to divide.
+        Missing, empty or malformed files, unknown columns, targets or classes, Target 1 without a box or 0 with one, a
+        patient with two targets or two classes, boxes without area or outside their film, too few patients to divide.
     """
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 < value < 1:
@@ -83,7 +97,10 @@ def read_rsna(
     for target in (0, 1):
         found = np.count_nonzero(is_positive == target)
         if found < 3:
-            raise ReleaseError(f"{root}: {found} patients have Target {target} and a film; train, val and test need one each: 3 at least")
+            raise ReleaseError(
+                f"{root}: {found} patients have Target {target} and a film; train, val and test need one each: 3 at "
+                "least"
+            )
     films = pd.DataFrame(
         {
             "image": [f"{patient}.dcm" for patient in kept],
@@ -93,12 +110,18 @@ def read_rsna(
             "view": "",
             "follow_up": 0,
             "labels": [PNEUMONIA if targets[p] else NO_FINDING if details.get(p) == NORMAL else "" for p in kept],
-            "split": draw_splits(kept, is_positive, test_fraction=test_fraction, validation_fraction=validation_fraction, seed=seed),
+            "split": draw_splits(
+                kept, is_positive, test_fraction=test_fraction, validation_fraction=validation_fraction, seed=seed
+            ),
             "path": [paths[patient] for patient in kept],
             "detail": [details.get(patient, "") for patient in kept],
         }
     )
-    problems += [("box left out", f"{p}.dcm", "its film is left out") for p in dict.fromkeys(p for p, *_ in boxes) if p not in paths]
+    problems += [
+        ("box left out", f"{p}.dcm", "its film is left out")
+        for p in dict.fromkeys(p for p, *_ in boxes)
+        if p not in paths
+    ]
     rows = [(f"{patient}.dcm", PNEUMONIA, *corners) for patient, *corners in boxes if patient in paths]
     return Release(root, films.astype(_DTYPES)[list(RSNA_COLUMNS)], box_frame(rows), problem_frame(problems))
 
@@ -106,8 +129,8 @@ def read_rsna(
 def draw_splits(names, labels, *, test_fraction: float, validation_fraction: float, seed: int) -> np.ndarray:
     """Divide films at random into train, val and test, each label on its own, so that all labels are in every split.
 
-    Films take their places in the order of a hash of (seed, name): the split depends on neither the order of the films nor, but for a film
-    or so at its borders, on whether some of them are missing.
+    Films take their places in the order of a hash of (seed, name): the split depends on neither the order of the films
+    nor, but for a film or so at its borders, on whether some of them are missing.
 
     Parameters
     ----------
@@ -144,22 +167,30 @@ def draw_splits(names, labels, *, test_fraction: float, validation_fraction: flo
 
 
 def _read_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
-    """((row number, cells by column) of every row, faults of the others). Columns may stand in any order, but must be these."""
+    """((row number, cells by column) of every row, faults of the others). Columns may stand in any order, but must be
+    these."""
     lines = read_lines(path)
     if len(lines) < 2:
         raise ReleaseError(f"{path} has no rows; copy it again from the release")
     header = lines[0][1]
     unknown, absent = [name for name in header if name not in columns], [name for name in columns if name not in header]
     if unknown or absent or len(header) > len(columns):
-        faults = [f"unknown columns {some(map(repr, unknown))}"] * bool(unknown) + [f"no columns {some(map(repr, absent))}"] * bool(absent)
-        raise ReleaseError(f"{path} has {' and '.join(faults) or 'a column twice'} in its first line; the columns are {', '.join(columns)}")
+        faults = [f"unknown columns {some(map(repr, unknown))}"] * bool(unknown) + [
+            f"no columns {some(map(repr, absent))}"
+        ] * bool(absent)
+        raise ReleaseError(
+            f"{path} has {' and '.join(faults) or 'a column twice'} in its first line; the columns are "
+            f"{', '.join(columns)}"
+        )
     rows, faults = [], []
     for number, cells in lines[1:]:
         row = dict(zip(header, cells))
         if len(cells) != len(header):
             faults.append(f"row {number} has {len(cells)} cells, not {len(header)}")
         elif not row["patientId"] or "/" in row["patientId"] or "\\" in row["patientId"]:
-            faults.append(f"row {number}: patientId {row['patientId']!r} is not the name of a film (without folder and .dcm)")
+            faults.append(
+                f"row {number}: patientId {row['patientId']!r} is not the name of a film (without folder and .dcm)"
+            )
         else:
             rows.append((number, row))
     return rows, faults
@@ -181,7 +212,9 @@ def _read_labels(path: Path, problems: list) -> tuple[dict[str, int], list[tuple
         elif target == "0" and any(sides):
             fault = f"{patient} has a box ({', '.join(sides)}), but Target 0"
         if fault is None and target == "0" and patient in first:
-            problems.append(("row repeated", f"{patient}.dcm", f"row {number}: Target 0 stands in row {first[patient]} already"))
+            problems.append(
+                ("row repeated", f"{patient}.dcm", f"row {number}: Target 0 stands in row {first[patient]} already")
+            )
         if fault is None and target == "1":
             fault = _add_box(number, patient, sides, boxes, problems)
         if fault:
@@ -212,11 +245,19 @@ def _add_box(number: int, patient: str, sides: list[str], boxes: dict[tuple, Non
     return None
 
 
-def _read_details(root: Path, label_file: Path, targets: dict[str, int], on_missing: str, problems: list) -> dict[str, str]:
+def _read_details(
+    root: Path, label_file: Path, targets: dict[str, int], on_missing: str, problems: list
+) -> dict[str, str]:
     """Detailed class of every patient that has one."""
     path = find_file(root, DETAILS, required=False)
     if path is None:
-        problems.append(("no detailed classes", DETAILS, "not in the release: no film is known to be normal, so none is labelled 'No Finding'"))
+        problems.append(
+            (
+                "no detailed classes",
+                DETAILS,
+                "not in the release: no film is known to be normal, so none is labelled 'No Finding'",
+            )
+        )
         return {}
     rows, faults = _read_rows(path, DETAIL_COLUMNS)
     details: dict[str, str] = {}
@@ -225,20 +266,29 @@ def _read_details(root: Path, label_file: Path, targets: dict[str, int], on_miss
     for number, row in rows:
         patient, name = row["patientId"], row["class"]
         if name not in (OPACITY, NORMAL, NEITHER):
-            faults.append(f"row {number}: unknown class {name!r} of {patient}; the classes are {OPACITY!r}, {NORMAL!r} and {NEITHER!r}")
+            faults.append(
+                f"row {number}: unknown class {name!r} of {patient}; the classes are {OPACITY!r}, {NORMAL!r} and "
+                f"{NEITHER!r}"
+            )
         elif patient not in targets:
             unlabelled[patient] = None
         elif details.setdefault(patient, name) != name:
             faults.append(f"row {number}: {patient} is {name!r}, but {details[patient]!r} in row {first[patient]}")
         elif (name == OPACITY) != (targets[patient] == 1):
-            faults.append(f"row {number}: {patient} is {name!r}, but has Target {targets[patient]} in {label_file.name}")
+            faults.append(
+                f"row {number}: {patient} is {name!r}, but has Target {targets[patient]} in {label_file.name}"
+            )
         first.setdefault(patient, number)
     require(faults, path, "Correct or remove these rows.")
-    problems += [("class without a label", f"{p}.dcm", f"in {path.name} but not in {label_file.name}: left out") for p in unlabelled]
+    problems += [
+        ("class without a label", f"{p}.dcm", f"in {path.name} but not in {label_file.name}: left out")
+        for p in unlabelled
+    ]
     absent = [patient for patient in targets if patient not in details]
     if absent and on_missing == "error":
         raise ReleaseError(
-            f"{len(absent)} of the {len(targets)} patients of {label_file} are not in {path.name}: {some(absent)}. Take both files from the same "
+            f"{len(absent)} of the {len(targets)} patients of {label_file} are not in {path.name}: {some(absent)}. "
+            "Take both files from the same "
             "release, or set skip_bad_films: true (on_missing='skip') to go on without their detailed class."
         )
     problems += [("no detailed class", f"{p}.dcm", f"not in {path.name}") for p in absent]
@@ -246,7 +296,8 @@ def _read_details(root: Path, label_file: Path, targets: dict[str, int], on_miss
 
 
 def _locate(root: Path, label_file: Path, targets: dict[str, int], on_missing: str, problems: list) -> dict[str, str]:
-    """Path of every labelled patient's film. The folder is listed once: 26,684 single look-ups would cost minutes on a network disk."""
+    """Path of every labelled patient's film. The folder is listed once: 26,684 single look-ups would cost minutes on a
+    network disk."""
     folder = root / FILMS
     if not folder.is_dir():
         raise ReleaseError(f"{root} has no folder {FILMS}; unpack {FILMS}.zip of the release there")
@@ -255,9 +306,14 @@ def _locate(root: Path, label_file: Path, targets: dict[str, int], on_missing: s
     missing = [patient for patient in targets if patient not in found]
     if missing and on_missing == "error":
         raise ReleaseError(
-            f"{len(missing)} of the {len(targets)} patients of {label_file} have no film in {folder}: {some([f'{p}.dcm' for p in missing])}. "
+            f"{len(missing)} of the {len(targets)} patients of {label_file} have no film in {folder}: "
+            f"{some([f'{p}.dcm' for p in missing])}. "
             "Complete the download, or set skip_bad_films: true (on_missing='skip') to go on without these patients."
         )
     problems += [("film missing", f"{patient}.dcm", "no such file: left out") for patient in missing]
-    problems += [("film without a label", f"{p}.dcm", f"not in {label_file.name}: left out") for p in sorted(found) if p not in targets]
+    problems += [
+        ("film without a label", f"{p}.dcm", f"not in {label_file.name}: left out")
+        for p in sorted(found)
+        if p not in targets
+    ]
     return {patient: path for patient, path in found.items() if patient in targets}

@@ -26,7 +26,7 @@ from lib.locks import exclusive
 if TYPE_CHECKING:  # worker processes import this module: pandas would double their start-up
     import pandas as pd
 
-    from lib.data.nih import Release
+    from lib.data.release import Release
 
 VERSION = 1  # of the pixels: raise it whenever the same film would be stored differently
 _CHUNK = 32  # films a worker decodes per task
@@ -80,23 +80,25 @@ def open_store(
 ) -> Store:
     """Open the store of a release, building it first where it is absent, unfinished or out of date.
 
-    A finished store (`images.npy` and, written last, `store.json`) is reused when its fingerprint equals that of the source.
-    A killed build resumes: films decoded before are kept unless their file changed.
+    A finished store (`images.npy` and, written last, `store.json`) is reused when its fingerprint equals that of the
+    source. A killed build resumes: films decoded before are kept unless their file changed.
     One process builds; others that open the same folder meanwhile wait and reuse.
 
-    Pixels: colour and transparency are dropped (grey by ITU-R 601; alpha ignored), 16-bit films are scaled by their full range
-    (divided by 257), shrinking averages over areas, enlarging is bilinear. What DICOM films become: `lib.data.decoding.decode_film`.
+    Pixels: colour and transparency are dropped (grey by ITU-R 601; alpha ignored), 16-bit films are scaled by their
+    full range (divided by 257), shrinking averages over areas, enlarging is bilinear. What DICOM films become:
+    `lib.data.decoding.decode_film`.
 
     Parameters
     ----------
     size : int
         Side of the stored films in pixels.
     workers : int, optional
-        Decoding processes; default the CPUs this process may use. With 1, decoding happens in this process. More are started by spawning,
-        so a script must call this below `if __name__ == "__main__":`.
+        Decoding processes; default the CPUs this process may use. With 1, decoding happens in this process. More are
+        started by spawning, so a script must call this below `if __name__ == "__main__":`.
     on_unreadable : 'error' or 'skip'
-        What to do when films turn out unreadable (not PNG or DICOM, truncated, damaged, not square): 'error' decodes all others, then raises
-        naming them; 'skip' finishes the store without them and lists them in `Store.unreadable`.
+        What to do when films turn out unreadable (not PNG or DICOM, truncated, damaged, not square): 'error' decodes
+        all others, then raises naming them; 'skip' finishes the store without them and lists them in
+        `Store.unreadable`.
 
     Raises
     ------
@@ -119,9 +121,19 @@ def open_store(
     if store is None:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            store = _reuse(folder, release.films, size, fingerprint)  # another process may have built it while this one waited
+            store = _reuse(
+                folder, release.films, size, fingerprint
+            )  # another process may have built it while this one waited
             if store is None:
-                _build(folder, list(release.films["path"]), size, signatures, fingerprint, workers or _cpus(), on_unreadable)
+                _build(
+                    folder,
+                    list(release.films["path"]),
+                    size,
+                    signatures,
+                    fingerprint,
+                    workers or _cpus(),
+                    on_unreadable,
+                )
                 store = _reuse(folder, release.films, size, fingerprint)
     if store is None:
         raise StoreError(f"{folder} changed while it was being opened; open it again")
@@ -175,9 +187,14 @@ def _reuse(folder: Path, films: "pd.DataFrame", size: int, fingerprint: str) -> 
         images = np.load(folder / "images.npy", mmap_mode="r")
     except (FileNotFoundError, ValueError, EOFError):
         return None
-    # A rebuild removes store.json before it replaces images.npy: the same manifest after opening means that these are its images.
+    # A rebuild removes store.json before it replaces images.npy: the same manifest after opening means that these are
+    # its images.
     unreadable = [item["image"] for item in manifest["unreadable"]]
-    if images.shape != (len(films) - len(unreadable), size, size) or images.dtype != np.uint8 or _read_manifest(folder) != manifest:
+    if (
+        images.shape != (len(films) - len(unreadable), size, size)
+        or images.dtype != np.uint8
+        or _read_manifest(folder) != manifest
+    ):
         return None
     return Store(images, films[~films["image"].isin(unreadable)].reset_index(drop=True), size, fingerprint, unreadable)
 
@@ -186,7 +203,8 @@ def _unreadable_message(unreadable: list[dict], n_films: int) -> str:
     listed = "; ".join(f"{item['path']}: {item['reason']}" for item in unreadable[:20])
     more = f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
     return (
-        f"{len(unreadable)} of {n_films} films are unreadable: {listed}{more}. Replace these files and open the store again, "
+        f"{len(unreadable)} of {n_films} films are unreadable: {listed}{more}. Replace these files and open the "
+        "store again, "
         "or set skip_bad_films: true (on_unreadable='skip') to go on without them."
     )
 
@@ -198,7 +216,10 @@ def _lock(folder: Path):
         try:
             held.enter_context(exclusive(folder / "lock", f"waiting for another process that is building {folder}"))
         except OSError as error:
-            message = f"{folder} holds no store of this release and cannot be written ({error.strerror}); choose another folder"
+            message = (
+                f"{folder} holds no store of this release and cannot be written ({error.strerror}); choose "
+                "another folder"
+            )
             raise StoreError(message) from error
         yield
 
@@ -206,13 +227,24 @@ def _lock(folder: Path):
 # ---- building
 
 
-def _build(folder: Path, paths: list[str], size: int, signatures: np.ndarray, fingerprint: str, workers: int, on_unreadable: str) -> None:
+def _build(
+    folder: Path,
+    paths: list[str],
+    size: int,
+    signatures: np.ndarray,
+    fingerprint: str,
+    workers: int,
+    on_unreadable: str,
+) -> None:
     """Decode into folder/building, then publish: remove store.json, move images.npy, write store.json."""
     building = folder / "building"
     building.mkdir(exist_ok=True)
     offset, done = _prepare(building, size, signatures)
     reasons = _decode_all(building, paths, size, signatures, offset, done, workers)
-    unreadable = [{"image": os.path.basename(paths[row]), "path": paths[row], "reason": reason} for row, reason in sorted(reasons.items())]
+    unreadable = [
+        {"image": os.path.basename(paths[row]), "path": paths[row], "reason": reason}
+        for row, reason in sorted(reasons.items())
+    ]
     if unreadable and on_unreadable == "error":
         raise StoreError(_unreadable_message(unreadable, len(paths)))
     if len(unreadable) == len(paths):
@@ -222,13 +254,20 @@ def _build(folder: Path, paths: list[str], size: int, signatures: np.ndarray, fi
 
     (folder / "store.json").unlink(missing_ok=True)
     os.replace(building / "images.npy", folder / "images.npy")
-    manifest = {"version": VERSION, "fingerprint": fingerprint, "size": size, "films": len(paths), "unreadable": unreadable}
+    manifest = {
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "size": size,
+        "films": len(paths),
+        "unreadable": unreadable,
+    }
     _write_atomically(folder / "store.json", json.dumps(manifest, indent=1).encode())
     shutil.rmtree(building)
 
 
 def _prepare(building: Path, size: int, signatures: np.ndarray) -> tuple[int, np.ndarray]:
-    """Make room for the images, or find those of an earlier build -> (offset of the first pixel in images.npy, which films are done)."""
+    """Make room for the images, or find those of an earlier build -> (offset of the first pixel in images.npy, which
+    films are done)."""
     images = building / "images.npy"
     shape = (len(signatures), size, size)
     try:
@@ -265,7 +304,10 @@ def _decode_all(
     """Decode what is not done, keeping the progress file up to date -> {row: reason} of the unreadable films."""
     images, reasons = str(building / "images.npy"), {}
     todo = np.flatnonzero(~done)
-    tasks = [(images, offset, size, [(int(row), paths[row]) for row in todo[i : i + _CHUNK]]) for i in range(0, len(todo), _CHUNK)]
+    tasks = [
+        (images, offset, size, [(int(row), paths[row]) for row in todo[i : i + _CHUNK]])
+        for i in range(0, len(todo), _CHUNK)
+    ]
     saved = time.monotonic()
 
     def save() -> None:
@@ -278,7 +320,15 @@ def _decode_all(
     try:
         with (
             contextlib.closing(_results(tasks, workers)) as results,
-            tqdm(total=len(paths), initial=len(paths) - len(todo), unit="film", desc="decoding", file=sys.stdout, mininterval=5, ascii=True) as bar,
+            tqdm(
+                total=len(paths),
+                initial=len(paths) - len(todo),
+                unit="film",
+                desc="decoding",
+                file=sys.stdout,
+                mininterval=5,
+                ascii=True,
+            ) as bar,
         ):
             for rows, failed in results:
                 done[rows] = True
@@ -289,10 +339,14 @@ def _decode_all(
                     save()
                     saved = time.monotonic()
     except BrokenProcessPool as error:
-        raise StoreError("a decoding process was killed (out of memory?); open the store again to resume, with fewer workers") from error
+        raise StoreError(
+            "a decoding process was killed (out of memory?); open the store again to resume, with fewer workers"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"the disk of {building} is full; make room and open the store again: it resumes") from error
+            raise StoreError(
+                f"the disk of {building} is full; make room and open the store again: it resumes"
+            ) from error
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -302,7 +356,9 @@ def _decode_all(
 
 def _close_gaps(building: Path, n_films: int, size: int, offset: int, gaps: list[int]) -> None:
     """Move the rows of readable films together and cut the file behind them."""
-    (building / "progress.npy").unlink()  # rows are about to lose their numbers: killed from here on, the build starts again
+    (
+        building / "progress.npy"
+    ).unlink()  # rows are about to lose their numbers: killed from here on, the build starts again
     images = np.load(building / "images.npy", mmap_mode="r+")
     kept = np.delete(np.arange(n_films), gaps)
     for row, source in enumerate(kept):
@@ -310,9 +366,13 @@ def _close_gaps(building: Path, n_films: int, size: int, offset: int, gaps: list
             images[row] = images[source]
     images.flush()
     with open(building / "images.npy", "r+b") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (len(kept), size, size)})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (len(kept), size, size)}
+        )
         if file.tell() != offset:
-            raise StoreError(f"the header of {file.name} changed its length; delete {building} and open the store again")
+            raise StoreError(
+                f"the header of {file.name} changed its length; delete {building} and open the store again"
+            )
         file.truncate(offset + len(kept) * size * size)
         os.fsync(file.fileno())
 
@@ -323,7 +383,9 @@ def _results(tasks: list[tuple], workers: int):
     if workers <= 1:
         yield from map(_decode_chunk, tasks)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
+    ) as pool:
         futures = [pool.submit(_decode_chunk, task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -336,7 +398,8 @@ def _decode_chunk(task: tuple) -> tuple[list[int], dict[int, str]]:
     """Decode films into their rows of the images file -> (rows tried, {row: reason} of the unreadable)."""
     images, offset, size, films = task
     failed: dict[int, str] = {}
-    # pwrite and not a writable map: on a full disk it raises, where touching a mapped page would kill the process with SIGBUS.
+    # pwrite and not a writable map: on a full disk it raises, where touching a mapped page would kill the process with
+    # SIGBUS.
     file = os.open(images, os.O_WRONLY)
     try:
         for row, path in films:

@@ -1,19 +1,54 @@
-"""The figures: arrays and tidy frames in, a matplotlib Figure out, without pyplot's global state and without touching files.
+"""The figures: arrays and tidy frames in, a matplotlib Figure out, without pyplot's global state and without touching
+files.
 
-All are made for the text width of a paper (7 inches, type of 7 points and more). One colour and one marker per loss everywhere (Okabe-Ito,
-told apart in grey print by the marker). Every function requires `data_label`, what was measured on, and prints it at the foot.
+All are made for the text width of a paper (7 inches, type of 7 points and more). One colour and one marker per loss
+everywhere (Okabe-Ito, told apart in grey print by the marker). Every function requires `data_label`, what was measured
+on, and prints it at the foot.
 """
+
 from lib.figures.attribution import attribution_grid, iou_by_threshold, share_dots
 from lib.figures.features import activation_distribution, confounder_panel, consistency_scatter, scaled_cams
-from lib.figures.importance import class_overlap, importance_panels, loss_comparison, principal_curve, pruning_curve, train_test_gap
+from lib.figures.importance import (
+    class_overlap,
+    importance_panels,
+    loss_comparison,
+    principal_curve,
+    pruning_curve,
+    train_test_gap,
+)
 from lib.figures.lenses import alignment_distributions, channel_panel, concept_distributions, loss_weights
 from lib.figures.release import ages, cooccurrence, film_grid, prevalence
 from lib.figures.study import cam_grid, class_alignment, performance
 from lib.figures.style import loss_styles
 from lib.figures.training import class_curves, reliability, training_curves
 
-__all__ = ["activation_distribution", "ages", "alignment_distributions", "attribution_grid", "cam_grid", "channel_panel",
-           "class_alignment", "class_curves", "class_overlap", "concept_distributions", "confounder_panel", "consistency_scatter",
-           "cooccurrence", "film_grid", "importance_panels", "iou_by_threshold", "loss_comparison", "loss_styles", "loss_weights",
-           "performance", "prevalence", "principal_curve", "pruning_curve", "reliability", "scaled_cams", "share_dots",
-           "train_test_gap", "training_curves"]
+__all__ = [
+    "activation_distribution",
+    "ages",
+    "alignment_distributions",
+    "attribution_grid",
+    "cam_grid",
+    "channel_panel",
+    "class_alignment",
+    "class_curves",
+    "class_overlap",
+    "concept_distributions",
+    "confounder_panel",
+    "consistency_scatter",
+    "cooccurrence",
+    "film_grid",
+    "importance_panels",
+    "iou_by_threshold",
+    "loss_comparison",
+    "loss_styles",
+    "loss_weights",
+    "performance",
+    "prevalence",
+    "principal_curve",
+    "pruning_curve",
+    "reliability",
+    "scaled_cams",
+    "share_dots",
+    "train_test_gap",
+    "training_curves",
+]

@@ -1,4 +1,5 @@
 """Nam & Lee in pictures: signed relevance over films, IoU by threshold, where the positive relevance lies."""
+
 import textwrap
 from collections.abc import Sequence
 from itertools import product
@@ -10,19 +11,45 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from lib.figures.style import GREY, INK, LIGHT_RIM, RELEVANCE, STYLE, WIDTH, class_name, grid, legend, new_figure, panels, show_film
+from lib.figures.style import (
+    GREY,
+    INK,
+    LIGHT_RIM,
+    RELEVANCE,
+    STYLE,
+    WIDTH,
+    class_name,
+    grid,
+    legend,
+    new_figure,
+    panels,
+    show_film,
+)
 from lib.tables.nam_lee import METHODS, MODELS, READINGS, REGIONS
 from lib.tables.names import ordered
 
-METHOD_STYLES = {"cam": {"color": "#4d4d4d", "marker": "o"}, "lrp": {"color": "#0072b2", "marker": "s"}, "rap": {"color": "#d55e00", "marker": "^"}}
+METHOD_STYLES = {
+    "cam": {"color": "#4d4d4d", "marker": "o"},
+    "lrp": {"color": "#0072b2", "marker": "s"},
+    "rap": {"color": "#d55e00", "marker": "^"},
+}
 _OTHER = {"color": "#009e73", "marker": "D"}
 _PALE = 0.45  # how much of a film's contrast is left beneath a map
 
 
 @STYLE
-def attribution_grid(films: np.ndarray, boxes: Sequence, titles: Sequence[str], maps: np.ndarray, columns: Sequence[str],
-                     probabilities: np.ndarray, *, data_label: str) -> Figure:
-    """Nam & Lee, Figs. 1 and 3 to 6: a row per film, the film with its boxes, then its maps; red is relevant, blue irrelevant.
+def attribution_grid(
+    films: np.ndarray,
+    boxes: Sequence,
+    titles: Sequence[str],
+    maps: np.ndarray,
+    columns: Sequence[str],
+    probabilities: np.ndarray,
+    *,
+    data_label: str,
+) -> Figure:
+    """Nam & Lee, Figs. 1 and 3 to 6: a row per film, the film with its boxes, then its maps; red is relevant, blue
+    irrelevant.
 
     Every map is divided by its own largest magnitude and shown on one scale from -1 to 1, over the faint film.
 
@@ -41,21 +68,38 @@ def attribution_grid(films: np.ndarray, boxes: Sequence, titles: Sequence[str], 
     """
     probabilities = np.asarray(probabilities, dtype=float)
     rows, count = maps.shape[:2]
-    if not (len(films) == len(boxes) == len(titles) == rows and len(columns) == count and probabilities.shape in ((rows,), (rows, count))):
-        raise ValueError(f"maps are {rows} films x {count} columns; films, boxes, titles, columns or probabilities do not match")
+    if not (
+        len(films) == len(boxes) == len(titles) == rows
+        and len(columns) == count
+        and probabilities.shape in ((rows,), (rows, count))
+    ):
+        raise ValueError(
+            f"maps are {rows} films x {count} columns; films, boxes, titles, columns or probabilities do not match"
+        )
     side = min((WIDTH - 0.65) / (count + 1) - 0.06, 1.75)
     letters = int(side * 72 / 4)
     names = [[class_name(title)] + [""] * count for title in titles]
     for i, j in product(range(rows), range(count + 1)):
-        p = probabilities[i, j - 1] if probabilities.ndim == 2 and j else probabilities[i] if probabilities.ndim == 1 and not j else np.nan
+        p = (
+            probabilities[i, j - 1]
+            if probabilities.ndim == 2 and j
+            else probabilities[i]
+            if probabilities.ndim == 1 and not j
+            else np.nan
+        )
         names[i][j] = textwrap.fill(f"{names[i][j]} p={p:.2f}".strip() if np.isfinite(p) else names[i][j], letters)
     lines = [max(name.count("\n") + 1 if name else 0 for name in row) for row in names]
     point = 8 if side > 1.2 else 7
     whole = {"width": int(side * 72 / (0.7 * point)), "break_long_words": False, "break_on_hyphens": False}
-    headings = [textwrap.fill(text, **whole) for text in ("Film and boxes", *(METHODS.get(name, name) for name in columns))]
+    headings = [
+        textwrap.fill(text, **whole) for text in ("Film and boxes", *(METHODS.get(name, name) for name in columns))
+    ]
     most = max(text.count("\n") + 1 for text in headings)
-    figure = new_figure(rows * (side + 0.03) + 0.12 * sum(lines) + 0.13 * most + 0.25, data_label,
-                        min((side + 0.06) * (count + 1) + 0.65, WIDTH))
+    figure = new_figure(
+        rows * (side + 0.03) + 0.12 * sum(lines) + 0.13 * most + 0.25,
+        data_label,
+        min((side + 0.06) * (count + 1) + 0.65, WIDTH),
+    )
     axes = figure.subplots(rows, count + 1, squeeze=False)
     size = films.shape[-1]
     for i, j in product(range(rows), range(count + 1)):
@@ -63,27 +107,49 @@ def attribution_grid(films: np.ndarray, boxes: Sequence, titles: Sequence[str], 
         show_film(ax, (255 - _PALE * (255.0 - films[i])).astype(np.uint8) if j else films[i], boxes[i])
         if j and np.isfinite(maps[i, j - 1]).all():
             largest = np.abs(maps[i, j - 1]).max()
-            ax.imshow(maps[i, j - 1] / (largest or 1), cmap=RELEVANCE, vmin=-1, vmax=1, extent=(0, size, size, 0), zorder=0.5)
+            ax.imshow(
+                maps[i, j - 1] / (largest or 1), cmap=RELEVANCE, vmin=-1, vmax=1, extent=(0, size, size, 0), zorder=0.5
+            )
             if not largest:
                 ax.text(size / 2, 0.97 * size, "no relevance", ha="center", fontsize=7, path_effects=LIGHT_RIM)
         elif j:
             ax.text(size / 2, 0.97 * size, "no map", ha="center", fontsize=7, path_effects=LIGHT_RIM)
         ax.set_title(names[i][j], fontsize=7, pad=2)
     for ax, text in zip(axes[0], headings):
-        ax.annotate(text, (0.5, 1), (0, 5 + 9 * lines[0]), "axes fraction", "offset points", ha="center", weight="bold", fontsize=point, color=INK)
-    bar = figure.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), RELEVANCE), ax=axes, fraction=0.02, pad=0.01, aspect=30,
-                          shrink=0.8 if rows > 1 else 1, ticks=(-1, -0.5, 0, 0.5, 1))
-    bar.set_label("relevance, each map divided by its largest magnitude" if figure.get_figheight() > 4.5 else "relevance")
+        ax.annotate(
+            text,
+            (0.5, 1),
+            (0, 5 + 9 * lines[0]),
+            "axes fraction",
+            "offset points",
+            ha="center",
+            weight="bold",
+            fontsize=point,
+            color=INK,
+        )
+    bar = figure.colorbar(
+        mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), RELEVANCE),
+        ax=axes,
+        fraction=0.02,
+        pad=0.01,
+        aspect=30,
+        shrink=0.8 if rows > 1 else 1,
+        ticks=(-1, -0.5, 0, 0.5, 1),
+    )
+    bar.set_label(
+        "relevance, each map divided by its largest magnitude" if figure.get_figheight() > 4.5 else "relevance"
+    )
     bar.ax.set_facecolor("#dcdcdc")
     return figure
 
 
 @STYLE
 def iou_by_threshold(table: pd.DataFrame, *, reading: str = "mean_iou", data_label: str) -> Figure:
-    """Nam & Lee, Table 2 drawn: IoU by threshold, a panel per class; beneath the dotted line a map is worse than one that marks nothing.
+    """Nam & Lee, Table 2 drawn: IoU by threshold, a panel per class; beneath the dotted line a map is worse than one
+    that marks nothing.
 
-    `table` : of `tables.nam_lee.table2`. Lines with 95 % intervals are ours; dashed with hollow marks: the paper's (reading 'mean_iou'
-    alone, which its numbers fit). Classes without a number of ours are left out.
+    `table` : of `tables.nam_lee.table2`. Lines with 95 % intervals are ours; dashed with hollow marks: the paper's
+    (reading 'mean_iou' alone, which its numbers fit). Classes without a number of ours are left out.
     """
     if reading not in READINGS:
         raise ValueError(f"reading = {reading!r}: one of {', '.join(READINGS)}")
@@ -100,24 +166,58 @@ def iou_by_threshold(table: pd.DataFrame, *, reading: str = "mean_iou", data_lab
             rows, style = cells[cells["method"] == method].sort_values("threshold"), METHOD_STYLES.get(method, _OTHER)
             x = rows["threshold"] + 0.008 * (m - (len(methods) - 1) / 2)
             ax.vlines(x, rows["ci_low"], rows["ci_high"], color=style["color"], linewidth=0.9)
-            handles += ax.plot(x, rows["value"], markersize=3.4, markeredgewidth=0, label=METHODS.get(method, method), **style)
+            handles += ax.plot(
+                x, rows["value"], markersize=3.4, markeredgewidth=0, label=METHODS.get(method, method), **style
+            )
             if reading == "mean_iou" and rows["paper"].notna().any():
-                ax.plot(x, rows["paper"], markersize=3.4, markerfacecolor="white", markeredgewidth=0.7, linewidth=0.7, linestyle=(0, (4, 2)),
-                        zorder=1.5, **style)
+                ax.plot(
+                    x,
+                    rows["paper"],
+                    markersize=3.4,
+                    markerfacecolor="white",
+                    markeredgewidth=0.7,
+                    linewidth=0.7,
+                    linestyle=(0, (4, 2)),
+                    zorder=1.5,
+                    **style,
+                )
         ax.axhline(cells["floor"].mean(), color=INK, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
         count = cells["n"].max()
         ax.set_title(f"{class_name(name)} ({count:.0f})" if np.isfinite(count) else class_name(name), pad=3)
-        ax.set(xticks=sorted(table["threshold"].unique()), xlim=(table["threshold"].min() - 0.04, table["threshold"].max() + 0.04))
+        ax.set(
+            xticks=sorted(table["threshold"].unique()),
+            xlim=(table["threshold"].min() - 0.04, table["threshold"].max() + 0.04),
+        )
         ax.set_xlabel("Threshold" if k + columns >= len(names) else "")
-        ax.set_ylabel({"mean_iou": "IoU, mean of lesion\nand background", "iou_lesion": "IoU of the lesion"}[reading] if k % columns == 0 else "")
+        ax.set_ylabel(
+            {"mean_iou": "IoU, mean of lesion\nand background", "iou_lesion": "IoU of the lesion"}[reading]
+            if k % columns == 0
+            else ""
+        )
         grid(ax, "both")
-    top = max(0.05, 1.08 * np.nanmax(table[["value", "ci_high", "floor", *(["paper"] if reading == "mean_iou" else [])]], initial=0))
+    top = max(
+        0.05,
+        1.08
+        * np.nanmax(table[["value", "ci_high", "floor", *(["paper"] if reading == "mean_iou" else [])]], initial=0),
+    )
     for ax in axes:
         ax.set_ylim(-0.01 if reading == "iou_lesion" else 0, min(top, 1.02))
     handles.append(Line2D([], [], color=GREY, linewidth=0.9, label="95 % interval"))
     if reading == "mean_iou" and table["paper"].notna().any():
-        handles.append(Line2D([], [], color=GREY, linewidth=0.7, linestyle=(0, (4, 2)), marker="o", markersize=3.4, markerfacecolor="white",
-                              markeredgewidth=0.7, label="paper (CheXNet)"))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=GREY,
+                linewidth=0.7,
+                linestyle=(0, (4, 2)),
+                marker="o",
+                markersize=3.4,
+                markerfacecolor="white",
+                markeredgewidth=0.7,
+                label="paper (CheXNet)",
+            )
+        )
     handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 1.5)), label="empty mask"))
     legend(figure, handles)
     return figure
@@ -125,14 +225,22 @@ def iou_by_threshold(table: pd.DataFrame, *, reading: str = "mean_iou", data_lab
 
 @STYLE
 def share_dots(means: pd.DataFrame, *, data_label: str) -> Figure:
-    """Where the positive relevance lies: its share in each region, a panel per region, a line per kind of film and model.
+    """Where the positive relevance lies: its share in each region, a panel per region, a line per kind of film and
+    model.
 
-    `means` : of `attribution.share_means` by model, kind, method and region. The black tick is what area alone would give; a region that
-    the films of a kind do not have is left empty.
+    `means` : of `attribution.share_means` by model, kind, method and region. The black tick is what area alone would
+    give; a region that the films of a kind do not have is left empty.
     """
-    kinds, models, methods = list(dict.fromkeys(means["kind"])), ordered(MODELS, means["model"]), ordered(METHODS, means["method"])
+    kinds, models, methods = (
+        list(dict.fromkeys(means["kind"])),
+        ordered(MODELS, means["model"]),
+        ordered(METHODS, means["method"]),
+    )
     regions, place, y = list(dict.fromkeys(means["region"])), {}, 0.0
-    models, methods = ([name for name in names if (means[column] == name).any()] for column, names in (("model", models), ("method", methods)))
+    models, methods = (
+        [name for name in names if (means[column] == name).any()]
+        for column, names in (("model", models), ("method", methods))
+    )
     for kind in kinds:
         for model in models:
             if ((means["kind"] == kind) & (means["model"] == model)).any():
@@ -143,16 +251,32 @@ def share_dots(means: pd.DataFrame, *, data_label: str) -> Figure:
     axes, handles = figure.subplots(1, max(len(regions), 1), squeeze=False, sharey=True)[0], []
     for ax, region in zip(axes, regions):
         for k, ((kind, model), height) in enumerate(place.items()):
-            rows = means[(means["region"] == region) & (means["kind"] == kind) & (means["model"] == model) & (means["n"] > 0)]
+            rows = means[
+                (means["region"] == region) & (means["kind"] == kind) & (means["model"] == model) & (means["n"] > 0)
+            ]
             if k % 2 == 0:
                 ax.axhspan(height - 0.5, height + 0.5, color="#f2f2f2", linewidth=0)
             for row in rows.itertuples():
-                style, m, name = METHOD_STYLES.get(row.method, _OTHER), methods.index(row.method), METHODS.get(row.method, row.method)
+                style, m, name = (
+                    METHOD_STYLES.get(row.method, _OTHER),
+                    methods.index(row.method),
+                    METHODS.get(row.method, row.method),
+                )
                 at = height + (m - (len(methods) - 1) / 2) * 0.7 / len(methods)
                 ax.hlines(at, row.ci_low, row.ci_high, color=style["color"], linewidth=1)
-                handles += ax.plot(row.value, at, linestyle="none", markersize=3.8, markeredgewidth=0, label=name, **style)
+                handles += ax.plot(
+                    row.value, at, linestyle="none", markersize=3.8, markeredgewidth=0, label=name, **style
+                )
             if len(rows):
-                handles += ax.plot(rows["area"].mean(), height, "|k", markersize=11, markeredgewidth=1.1, label="share by area", zorder=1.5)
+                handles += ax.plot(
+                    rows["area"].mean(),
+                    height,
+                    "|k",
+                    markersize=11,
+                    markeredgewidth=1.1,
+                    label="share by area",
+                    zorder=1.5,
+                )
         ax.set_title(REGIONS.get(region, f"in {region}").capitalize(), pad=3)
         ax.set_xlabel("Share of positive relevance", fontsize=7.5)
         ax.set_xlim(-0.02, 1.02)

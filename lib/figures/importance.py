@@ -1,4 +1,6 @@
-"""Li et al.: the importance matrix, and what it says about overfitting, principal and redundant features, and the losses."""
+"""Li et al.: the importance matrix, and what it says about overfitting, principal and redundant features, and the
+losses."""
+
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -33,18 +35,29 @@ TRAIN, TEST = NEUTRAL, YELLOW
 
 
 @STYLE
-def importance_panels(train: np.ndarray, test: np.ndarray, classes: Sequence[str], selected: str, *, reading: str = "eq. 3",
-                      data_label: str) -> Figure:
-    """Li et al., Fig. 11: the importance matrix on training and on test films, and the column of one class minus its mean.
+def importance_panels(
+    train: np.ndarray,
+    test: np.ndarray,
+    classes: Sequence[str],
+    selected: str,
+    *,
+    reading: str = "eq. 3",
+    data_label: str,
+) -> Figure:
+    """Li et al., Fig. 11: the importance matrix on training and on test films, and the column of one class minus its
+    mean.
 
-    `train`, `test` : float (F, C), NaN where a class has no films (grey). The rows of both images are the features by the class for which
-    they matter most on training films, then by how much, those that raise none last; one symmetric scale, which leaves 1 % of the values
-    beyond its ends. The line graph keeps the features' own order.
-    `reading` : which films were averaged over, part of the titles. ValueError: shapes that do not agree, or an unknown selected class.
+    `train`, `test` : float (F, C), NaN where a class has no films (grey). The rows of both images are the features by
+    the class for which they matter most on training films, then by how much, those that raise none last; one symmetric
+    scale, which leaves 1 % of the values beyond its ends. The line graph keeps the features' own order.
+    `reading` : which films were averaged over, part of the titles. ValueError: shapes that do not agree, or an unknown
+    selected class.
     """
     train, test = np.asarray(train, float), np.asarray(test, float)
     if train.ndim != 2 or train.shape != test.shape or train.shape[1] != len(classes):
-        raise ValueError(f"importance matrices are {train.shape} and {test.shape}: both must be (features, {len(classes)})")
+        raise ValueError(
+            f"importance matrices are {train.shape} and {test.shape}: both must be (features, {len(classes)})"
+        )
     if selected not in classes:
         raise ValueError(f"class {selected!r} is not among {', '.join(classes)}")
     filled = np.where(np.isfinite(train), train, -np.inf)
@@ -57,7 +70,14 @@ def importance_panels(train: np.ndarray, test: np.ndarray, classes: Sequence[str
     images = [figure.add_subplot(grid_spec[0, i]) for i in range(2)]
     cmap = mpl.colormaps["RdBu_r"].with_extremes(bad=PALE)
     for ax, matrix, name in zip(images, (train, test), ("Training films", "Test films")):
-        shown = ax.imshow(np.ma.masked_invalid(matrix[order]), cmap=cmap, vmin=-reach, vmax=reach, aspect="auto", interpolation="nearest")
+        shown = ax.imshow(
+            np.ma.masked_invalid(matrix[order]),
+            cmap=cmap,
+            vmin=-reach,
+            vmax=reach,
+            aspect="auto",
+            interpolation="nearest",
+        )
         ax.set_title(f"{name}, {reading}")
         ax.set_xticks(range(len(classes)), [class_name(c) for c in classes], rotation=_turn(classes))
         ax.tick_params(axis="x", length=0)
@@ -66,14 +86,21 @@ def importance_panels(train: np.ndarray, test: np.ndarray, classes: Sequence[str
     images[0].set_ylabel("Features, sorted")
     images[1].tick_params(labelleft=False)
     beyond = known.size and known.max() > reach
-    figure.colorbar(shown, ax=images, fraction=0.03, pad=0.01, aspect=30, extend="both" if beyond else "neither", label="Importance")
+    figure.colorbar(
+        shown, ax=images, fraction=0.03, pad=0.01, aspect=30, extend="both" if beyond else "neither", label="Importance"
+    )
     c = list(classes).index(selected)
     below = grid_spec[1, :].subgridspec(1, 2, width_ratios=(3, 1))
     line, scatter = figure.add_subplot(below[0]), figure.add_subplot(below[1])
     x, a, b = np.arange(len(train)), train[:, c] - train[:, c].mean(), test[:, c] - test[:, c].mean()
     handles = line.plot(x, b, color=TEST, linewidth=0.7, label="test films")
     handles = line.plot(x, a, color=TRAIN, linewidth=1.5, label="training films", zorder=1.9) + handles
-    line.set(xlabel="Feature", ylabel="Importance minus mean", xlim=(-0.5, len(x) - 0.5), title=f"Selected class: {class_name(selected)}")
+    line.set(
+        xlabel="Feature",
+        ylabel="Importance minus mean",
+        xlim=(-0.5, len(x) - 0.5),
+        title=f"Selected class: {class_name(selected)}",
+    )
     grid(line, "y")
     if np.isfinite(a).all() and np.isfinite(b).all():
         ends = np.array([min(a.min(), b.min()), max(a.max(), b.max())])
@@ -92,17 +119,20 @@ def importance_panels(train: np.ndarray, test: np.ndarray, classes: Sequence[str
 
 @STYLE
 def train_test_gap(gap: pd.DataFrame, selected: str, *, data_label: str) -> Figure:
-    """Overfitting (Li et al., sec. VI-A): how far the columns of the importance matrix differ between training and test films.
+    """Overfitting (Li et al., sec. VI-A): how far the columns of the importance matrix differ between training and test
+    films.
 
-    `gap` : a row per class: difference (as a share of the column's size), by_chance (what another choice of films makes); NaN is not
-    drawn. Classes from the one that exceeds chance most; `selected` is printed bold.
+    `gap` : a row per class: difference (as a share of the column's size), by_chance (what another choice of films
+    makes); NaN is not drawn. Classes from the one that exceeds chance most; `selected` is printed bold.
     """
     gap = gap.iloc[np.argsort(-(gap["difference"] - gap["by_chance"]).to_numpy(), kind="stable")]
     figure = new_figure(0.19 * len(gap) + 0.95, data_label, 5.6)
     ax, y = figure.subplots(), np.arange(len(gap))
     ax.hlines(y, gap["by_chance"], gap["difference"], color=PALE, linewidth=2.5)
     handles = ax.plot(gap["by_chance"], y, "|", color=GREY, markersize=8, markeredgewidth=1.2, label="by chance")
-    handles += ax.plot(gap["difference"], y, "o", color=NEUTRAL, markersize=4, markeredgewidth=0, label="training against test films")
+    handles += ax.plot(
+        gap["difference"], y, "o", color=NEUTRAL, markersize=4, markeredgewidth=0, label="training against test films"
+    )
     ax.set_yticks(y, [class_name(name) for name in gap["class"]])
     for text, name in zip(ax.get_yticklabels(), gap["class"]):
         text.set_weight("bold" if name == selected and len(gap) > 1 else "normal")
@@ -120,10 +150,11 @@ def _turn(names: Sequence[str]) -> int:
 
 @STYLE
 def principal_curve(curves: pd.DataFrame, y: str = "share", *, data_label: str) -> Figure:
-    """How few features carry a class: a quantity by the number k of its most important features, a panel per class, a line per loss.
+    """How few features carry a class: a quantity by the number k of its most important features, a panel per class, a
+    line per loss.
 
-    `curves` : k, and optionally class and loss, and the column `y`: 'share' (of the class's positive importance, 0 to 1; dashed: 80 %) or
-    'auroc' or 'accuracy' with only these features.
+    `curves` : k, and optionally class and loss, and the column `y`: 'share' (of the class's positive importance, 0 to
+    1; dashed: 80 %) or 'auroc' or 'accuracy' with only these features.
     """
     if y not in ("share", "auroc", "accuracy"):
         raise ValueError(f"y = {y!r}: 'share', 'auroc' or 'accuracy'")
@@ -142,7 +173,9 @@ def principal_curve(curves: pd.DataFrame, y: str = "share", *, data_label: str) 
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(title=class_name(name), xscale="log", xlim=(1, last), box_aspect=1)
         ax.set_xlabel("Features" if i + columns >= len(classes) else "", fontsize=7)
-        ax.set_ylabel(({"share": "Share of importance"} | METRICS).get(y, y.capitalize()) if i % columns == 0 else "", fontsize=7)
+        ax.set_ylabel(
+            ({"share": "Share of importance"} | METRICS).get(y, y.capitalize()) if i % columns == 0 else "", fontsize=7
+        )
         ticks = [k for k in (1, 10, 100, 1000, 10000) if k <= last]
         ax.set_xticks(ticks, [f"{k:g}" for k in ticks])
         ax.xaxis.set_minor_locator(NullLocator())
@@ -153,7 +186,8 @@ def principal_curve(curves: pd.DataFrame, y: str = "share", *, data_label: str) 
 
 @STYLE
 def class_overlap(overlap: Mapping[str, np.ndarray], classes: Sequence[str], *, data_label: str) -> Figure:
-    """How far the classes share their principal features: the Jaccard index of every two, a panel per loss. `overlap` : loss id to (C, C).
+    """How far the classes share their principal features: the Jaccard index of every two, a panel per loss. `overlap` :
+    loss id to (C, C).
 
     NaN: a class without principal features. ValueError where a matrix is not (C, C).
     """
@@ -169,7 +203,7 @@ def class_overlap(overlap: Mapping[str, np.ndarray], classes: Sequence[str], *, 
     off = [np.asarray(matrix, float)[~np.eye(n, dtype=bool)] for matrix in overlap.values()]
     top = max(np.nanmax(np.concatenate(off), initial=0) if off else 0, 0.05)
     names, styles = [class_name(name) for name in classes], loss_styles(list(overlap))
-    for ax in axes.flat[len(overlap):]:
+    for ax in axes.flat[len(overlap) :]:
         ax.set_visible(False)
     for ax, (loss, matrix) in zip(axes.flat, overlap.items()):
         shown = np.ma.masked_invalid(np.where(np.eye(n, dtype=bool), np.nan, matrix))
@@ -181,16 +215,19 @@ def class_overlap(overlap: Mapping[str, np.ndarray], classes: Sequence[str], *, 
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     if overlap:
-        figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=30, label="Shared principal features (Jaccard index)")
+        figure.colorbar(
+            image, ax=axes, fraction=0.03, pad=0.01, aspect=30, label="Shared principal features (Jaccard index)"
+        )
     return figure
 
 
 @STYLE
 def pruning_curve(pruned: pd.DataFrame, metric: str = "auroc", *, tolerance: float = 0.01, data_label: str) -> Figure:
-    """What it costs to remove the features that matter least, and the largest number that costs at most `tolerance` (the vertical line).
+    """What it costs to remove the features that matter least, and the largest number that costs at most `tolerance`
+    (the vertical line).
 
-    `pruned` : n_removed and the column `metric`, optionally loss, and <metric>_ci_low, <metric>_ci_high. Every loss needs its row
-    n_removed = 0, the reference; ValueError names the one without.
+    `pruned` : n_removed and the column `metric`, optionally loss, and <metric>_ci_low, <metric>_ci_high. Every loss
+    needs its row n_removed = 0, the reference; ValueError names the one without.
     """
     figure = new_figure(2.7, data_label, 5.6)
     ax, handles = figure.subplots(), []
@@ -219,13 +256,17 @@ def pruning_curve(pruned: pd.DataFrame, metric: str = "auroc", *, tolerance: flo
 
 @STYLE
 def loss_comparison(features: pd.DataFrame, *, data_label: str) -> Figure:
-    """What the losses change in the importance matrix: how many features carry a class, and how far it shares them with other classes.
+    """What the losses change in the importance matrix: how many features carry a class, and how far it shares them with
+    other classes.
 
-    `features` : a row per loss and class: n_features80 (features that hold 80 % of the positive importance), participation (their effective
-    number) and overlap (mean Jaccard index with the other classes).
+    `features` : a row per loss and class: n_features80 (features that hold 80 % of the positive importance),
+    participation (their effective number) and overlap (mean Jaccard index with the other classes).
     """
-    names = {"n_features80": "Features with 80 %\nof the importance", "participation": "Effective number\nof features",
-             "overlap": "Overlap with other\nclasses (Jaccard)"}
+    names = {
+        "n_features80": "Features with 80 %\nof the importance",
+        "participation": "Effective number\nof features",
+        "overlap": "Overlap with other\nclasses (Jaccard)",
+    }
     losses, classes = present(LOSSES, features["loss"]), list(dict.fromkeys(features["class"]))
     position = {name: float(i) for i, name in enumerate(classes)}
     figure = new_figure(0.2 * len(classes) + 1.0, data_label)

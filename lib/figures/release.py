@@ -1,4 +1,5 @@
 """What a release holds: prevalence, co-occurrence, ages, films."""
+
 import textwrap
 from collections.abc import Sequence
 
@@ -7,15 +8,34 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from lib.figures.style import GREY, INK, NEUTRAL, PALE, PINK, STYLE, WIDTH, YELLOW, class_name, grid, legend, new_figure, panels, show_film
+from lib.figures.style import (
+    GREY,
+    INK,
+    NEUTRAL,
+    PALE,
+    PINK,
+    STYLE,
+    WIDTH,
+    YELLOW,
+    class_name,
+    grid,
+    legend,
+    new_figure,
+    panels,
+    show_film,
+)
 from lib.tables.names import ordered
 
 
 @STYLE
-def prevalence(targets: np.ndarray, classes: Sequence[str], *, split: np.ndarray | None = None, data_label: str) -> Figure:
-    """How imbalanced each class is: the share of positive films on a logarithmic axis, with the count and the negatives to one positive.
+def prevalence(
+    targets: np.ndarray, classes: Sequence[str], *, split: np.ndarray | None = None, data_label: str
+) -> Figure:
+    """How imbalanced each class is: the share of positive films on a logarithmic axis, with the count and the negatives
+    to one positive.
 
-    `targets` : 0/1 (N, C).    `split` : N names such as 'train', 'val', 'test', a marker each; None leaves the bar of all films.
+    `targets` : 0/1 (N, C).    `split` : N names such as 'train', 'val', 'test', a marker each; None leaves the bar of
+    all films.
     """
     targets = np.asarray(targets)
     counts = targets.sum(0, dtype=np.int64)
@@ -26,17 +46,32 @@ def prevalence(targets: np.ndarray, classes: Sequence[str], *, split: np.ndarray
     ax, y = figure.subplots(), np.arange(len(classes))
     bar = {"color": PALE if split is not None else NEUTRAL, "linewidth": 5}
     handles = [ax.hlines(y, floor, np.maximum(share, floor), label=f"all films ({len(targets):,})", **bar)]
-    names = [] if split is None else [name for name in ordered(dict.fromkeys(("train", "val", "test")), pd.Series(split)) if name in split]
+    names = (
+        []
+        if split is None
+        else [name for name in ordered(dict.fromkeys(("train", "val", "test")), pd.Series(split)) if name in split]
+    )
     for name, marker, colour in zip(names, "osD^", (NEUTRAL, YELLOW, PINK, INK)):
         mask = np.asarray(split) == name
         part = targets[mask].mean(0)[order]
         part = np.where(part > 0, part, np.nan)
-        handles += ax.plot(part, y, marker, color=colour, markersize=4, markeredgewidth=0, label=f"{name} ({mask.sum():,})")
+        handles += ax.plot(
+            part, y, marker, color=colour, markersize=4, markeredgewidth=0, label=f"{name} ({mask.sum():,})"
+        )
     ratios = [f"{(len(targets) - n) / n:,.1f} : 1" if n else "none" for n in counts[order]]
     for row, cells in enumerate(zip(["positives", *(f"{n:,}" for n in counts[order])], ["neg. : pos.", *ratios])):
         for x, text in zip((45, 100), cells):
-            ax.annotate(text, (1, row - 1), (x, 0), ("axes fraction", "data"), "offset points", ha="right", va="center", fontsize=7,
-                        color=INK if row else GREY)
+            ax.annotate(
+                text,
+                (1, row - 1),
+                (x, 0),
+                ("axes fraction", "data"),
+                "offset points",
+                ha="right",
+                va="center",
+                fontsize=7,
+                color=INK if row else GREY,
+            )
     ax.set(xscale="log", xlim=(floor, 1), xlabel="Share of films", ylim=(len(classes) - 0.4, -0.6))
     ax.set_yticks(y, [class_name(classes[c]) for c in order])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
@@ -48,7 +83,8 @@ def prevalence(targets: np.ndarray, classes: Sequence[str], *, split: np.ndarray
 
 @STYLE
 def cooccurrence(targets: np.ndarray, classes: Sequence[str], *, data_label: str) -> Figure:
-    """Of the films with the row's label, the percentage that also carries the column's. `targets` : 0/1 (N, C). Dash: no such film."""
+    """Of the films with the row's label, the percentage that also carries the column's. `targets` : 0/1 (N, C). Dash:
+    no such film."""
     targets = np.asarray(targets, np.int64)
     joint = targets.T @ targets
     count = np.diag(joint)
@@ -69,23 +105,41 @@ def cooccurrence(targets: np.ndarray, classes: Sequence[str], *, data_label: str
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     percent = PercentFormatter(1, decimals=0)
-    figure.colorbar(image, ax=ax, fraction=0.03, pad=0.01, aspect=40, format=percent, label="… the share that also has the column's label")
+    figure.colorbar(
+        image,
+        ax=ax,
+        fraction=0.03,
+        pad=0.01,
+        aspect=40,
+        format=percent,
+        label="… the share that also has the column's label",
+    )
     return figure
 
 
 @STYLE
 def ages(films: pd.DataFrame, *, data_label: str) -> Figure:
-    """Age in years by sex, a panel per view position. `films` : age, sex, view; ages outside 0 to 100 are counted in the title only."""
+    """Age in years by sex, a panel per view position. `films` : age, sex, view; ages outside 0 to 100 are counted in
+    the title only."""
     views = sorted(films["view"].dropna().unique())
     figure = new_figure(2.4, data_label)
     axes = figure.subplots(1, max(len(views), 1), squeeze=False)[0]
     for ax, view in zip(axes, views):
         rows = films[films["view"] == view]
         for sex, colour in zip(sorted(rows["sex"].dropna().unique()), (PINK, NEUTRAL, YELLOW)):
-            ax.hist(rows.loc[rows["sex"] == sex, "age"], bins=np.arange(0, 101, 5), histtype="stepfilled", edgecolor=colour,
-                    facecolor=(colour, 0.3), linewidth=1.2, label=str(sex))
+            ax.hist(
+                rows.loc[rows["sex"] == sex, "age"],
+                bins=np.arange(0, 101, 5),
+                histtype="stepfilled",
+                edgecolor=colour,
+                facecolor=(colour, 0.3),
+                linewidth=1.2,
+                label=str(sex),
+            )
         outside = int((~rows["age"].between(0, 100)).sum())
-        ax.set_title(f"{view}: {len(rows):,} films" + (f" ({outside:,} with an age outside 0 to 100)" if outside else ""))
+        ax.set_title(
+            f"{view}: {len(rows):,} films" + (f" ({outside:,} with an age outside 0 to 100)" if outside else "")
+        )
         ax.set(xlim=(0, 100), xlabel="Age (years)")
         ax.legend(handlelength=1)
     axes[0].set_ylabel("Films")
@@ -93,8 +147,15 @@ def ages(films: pd.DataFrame, *, data_label: str) -> Figure:
 
 
 @STYLE
-def film_grid(films: np.ndarray, boxes: Sequence, titles: Sequence[str], *, box_names: Sequence | None = None, columns: int = 4,
-              data_label: str) -> Figure:
+def film_grid(
+    films: np.ndarray,
+    boxes: Sequence,
+    titles: Sequence[str],
+    *,
+    box_names: Sequence | None = None,
+    columns: int = 4,
+    data_label: str,
+) -> Figure:
     """Films with their boxes. `films` : uint8 (N, S, S). `boxes` : N sequences of (x1, y1, x2, y2) in pixels of S."""
     side = WIDTH / columns - 0.09
     wrapped = [textwrap.fill(class_name(title), int(side * 72 / 4)) for title in titles]

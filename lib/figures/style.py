@@ -1,4 +1,5 @@
 """What every figure shares: type, colours, the strip with the data label, a film with its boxes."""
+
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -13,25 +14,62 @@ from matplotlib.patches import Rectangle
 from lib.tables.names import LOSSES, class_name, display, ordered
 
 WIDTH = 7.0  # inches
-LOSS_STYLES = {"bce": {"color": "#4d4d4d", "marker": "o"}, "wbce": {"color": "#0072b2", "marker": "s"},
-               "focal": {"color": "#d55e00", "marker": "^"}, "cb_focal": {"color": "#009e73", "marker": "D"}}
-_MORE_STYLES = [{"color": colour, "marker": marker} for colour, marker in zip(("#cc79a7", "#e69f00", "#56b4e9", "#806000"), "vPX*")]
-INK, GREY, PALE, NEUTRAL, YELLOW, PINK, BOX = "#222222", "#777777", "#d9d9d9", "#3a6ea5", "#e69f00", "#cc79a7", "#00e5ff"
+LOSS_STYLES = {
+    "bce": {"color": "#4d4d4d", "marker": "o"},
+    "wbce": {"color": "#0072b2", "marker": "s"},
+    "focal": {"color": "#d55e00", "marker": "^"},
+    "cb_focal": {"color": "#009e73", "marker": "D"},
+}
+_MORE_STYLES = [
+    {"color": colour, "marker": marker} for colour, marker in zip(("#cc79a7", "#e69f00", "#56b4e9", "#806000"), "vPX*")
+]
+INK, GREY, PALE, NEUTRAL, YELLOW, PINK, BOX = (
+    "#222222",
+    "#777777",
+    "#d9d9d9",
+    "#3a6ea5",
+    "#e69f00",
+    "#cc79a7",
+    "#00e5ff",
+)
 DASHED = {"color": GREY, "linewidth": 0.7, "linestyle": (0, (3, 2)), "zorder": 1}
 DARK_RIM = [patheffects.withStroke(linewidth=2, foreground="black", alpha=0.6)]
 LIGHT_RIM = [patheffects.withStroke(linewidth=2, foreground="white")]
-STYLE = mpl.rc_context({
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.edgecolor": INK, "axes.axisbelow": True,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5, "lines.linewidth": 1.2,
-    "legend.frameon": False, "figure.dpi": 150, "pdf.fonttype": 42,
-})
-# transparent where the map is 0, so the film stays visible; the colour bar is drawn over the grey of a film for the same reason
+STYLE = mpl.rc_context(
+    {
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "axes.labelsize": 8,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "legend.fontsize": 7.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "axes.edgecolor": INK,
+        "axes.axisbelow": True,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5,
+        "lines.linewidth": 1.2,
+        "legend.frameon": False,
+        "figure.dpi": 150,
+        "pdf.fonttype": 42,
+    }
+)
+# transparent where the map is 0, so the film stays visible; the colour bar is drawn over the grey of a film for the
+# same reason
 _RAMP = np.linspace(0, 1, 256)
-HEAT = ListedColormap(np.column_stack([mpl.colormaps["inferno"](0.35 + 0.6 * _RAMP)[:, :3], 0.8 * _RAMP**0.8]), name="heat")
+HEAT = ListedColormap(
+    np.column_stack([mpl.colormaps["inferno"](0.35 + 0.6 * _RAMP)[:, :3], 0.8 * _RAMP**0.8]), name="heat"
+)
 # The hue does not fade towards 0: pale colours would look like a halo on a dark film.
 _BOTH = np.linspace(-1, 1, 257)
-SIGNED = ListedColormap(np.column_stack([np.where(_BOTH[:, None] > 0, (0.86, 0.12, 0.1), (0.12, 0.45, 0.9)), 0.75 * abs(_BOTH) ** 0.9]), name="signed")
+SIGNED = ListedColormap(
+    np.column_stack([np.where(_BOTH[:, None] > 0, (0.86, 0.12, 0.1), (0.12, 0.45, 0.9)), 0.75 * abs(_BOTH) ** 0.9]),
+    name="signed",
+)
 # Pixel relevance falls off steeply from its maximum: a linear opacity would leave a few specks.
 _PALE_TO_FULL = mpl.colormaps["RdBu_r"](0.5 + 0.45 * np.sign(_BOTH) * (0.35 + 0.65 * abs(_BOTH)))[:, :3]
 RELEVANCE = ListedColormap(np.column_stack([_PALE_TO_FULL, 0.95 * abs(_BOTH) ** 0.6]), name="relevance")
@@ -45,12 +83,15 @@ def new_figure(height: float, data_label: str, width: float = WIDTH) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     strip = 0.17 / height
     figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
-    figure.text(1 - 0.05 / width, 0.03 / height, data_label, ha="right", va="bottom", fontsize=7, style="italic", color=GREY)
+    figure.text(
+        1 - 0.05 / width, 0.03 / height, data_label, ha="right", va="bottom", fontsize=7, style="italic", color=GREY
+    )
     return figure
 
 
 def panels(count: int, columns: int, side: float, extra: float, data_label: str) -> tuple[Figure, list[Axes]]:
-    """`count` square panels of about `side` inches with `extra` inches of text a row; the cells that stay empty are hidden."""
+    """`count` square panels of about `side` inches with `extra` inches of text a row; the cells that stay empty are
+    hidden."""
     rows = -(-count // columns)
     figure = new_figure(rows * (side + extra) + 0.45, data_label, WIDTH if columns > 1 else side + 1.4)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -59,7 +100,9 @@ def panels(count: int, columns: int, side: float, extra: float, data_label: str)
     return figure, list(axes[:count])
 
 
-def class_panels(predictions: pd.DataFrame, x: str, y: str, data_label: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+def class_panels(
+    predictions: pd.DataFrame, x: str, y: str, data_label: str
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     names = list(dict.fromkeys(predictions["class"]))
     columns = min(5, len(names))
     figure, axes = panels(len(names), columns, 1.0 if columns > 2 else 2.2, 0.38, data_label)
@@ -81,16 +124,22 @@ def present(known: dict[str, str], column: pd.Series) -> list[str]:
 
 
 def by_loss(frame: pd.DataFrame) -> list[tuple[dict[str, str], str, pd.DataFrame]]:
-    """(style, label, rows) per loss; for the frame of one run, without a column loss, one group without a label in the neutral colour."""
+    """(style, label, rows) per loss; for the frame of one run, without a column loss, one group without a label in the
+    neutral colour."""
     if "loss" not in frame:
         return [({"color": NEUTRAL, "marker": "o"}, "", frame)]
-    return [(style, display(loss), frame[frame["loss"] == loss]) for loss, style in loss_styles(present(LOSSES, frame["loss"])).items()]
+    return [
+        (style, display(loss), frame[frame["loss"] == loss])
+        for loss, style in loss_styles(present(LOSSES, frame["loss"])).items()
+    ]
 
 
 def legend(figure: Figure, handles: Sequence) -> None:
     labelled = {handle.get_label(): handle for handle in handles if not handle.get_label().startswith("_")}
     if labelled:
-        figure.legend(handles=list(labelled.values()), loc="outside upper center", ncols=6, handletextpad=0.4, columnspacing=1.6)
+        figure.legend(
+            handles=list(labelled.values()), loc="outside upper center", ncols=6, handletextpad=0.4, columnspacing=1.6
+        )
 
 
 def grid(ax: Axes, axis: str = "x") -> None:
@@ -98,17 +147,27 @@ def grid(ax: Axes, axis: str = "x") -> None:
 
 
 def show_film(ax: Axes, film: np.ndarray, boxes: Sequence = (), names: Sequence[str] = ()) -> None:
-    """A film in its own pixels with the corners at (0, 0) and (S, S), so that exclusive box ends land on pixel edges."""
+    """A film in its own pixels with the corners at (0, 0) and (S, S), so that exclusive box ends land on pixel
+    edges."""
     size = film.shape[-1]
     ax.imshow(film, cmap="gray", vmin=0, vmax=255, extent=(0, size, size, 0))
     ax.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
     ax.spines[:].set_visible(False)
     for i, (x1, y1, x2, y2) in enumerate(boxes):
-        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=BOX, linewidth=1, path_effects=DARK_RIM))
+        ax.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=BOX, linewidth=1, path_effects=DARK_RIM)
+        )
         if i < len(names):  # names above and below by turns: the boxes of one film often start at the same height
             edge = np.clip(y2, 0, 0.91 * size) if i % 2 else np.clip(y1, 0.09 * size, size)
-            ax.text(np.clip(x1, 0, 0.5 * size), edge, class_name(names[i]), va="top" if i % 2 else "bottom", color=BOX, fontsize=7,
-                    path_effects=DARK_RIM)
+            ax.text(
+                np.clip(x1, 0, 0.5 * size),
+                edge,
+                class_name(names[i]),
+                va="top" if i % 2 else "bottom",
+                color=BOX,
+                fontsize=7,
+                path_effects=DARK_RIM,
+            )
 
 
 def correlation_text(x: np.ndarray, y: np.ndarray) -> str:

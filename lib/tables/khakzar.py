@@ -1,18 +1,32 @@
-"""Tables 1 and 2 of Khakzar et al. in the paper's arrangement, ours beside theirs, and the paper's four statements checked on our numbers.
+"""Tables 1 and 2 of Khakzar et al. in the paper's arrangement, ours beside theirs, and the paper's four statements
+checked on our numbers.
 
 Every function takes tidy frames. A `results` frame has one row per run and metric, seeds already averaged:
 
     task      'multilabel' or 'binary'             value            the mean
     backbone  'tdensenet', 'resnet50', any other   ci_low, ci_high  its 95 % interval (NaN: none)
-    loss      'bce', 'wbce', 'focal', 'cb_focal'   n                units averaged over (films, or pairs of film and class)
-    metric    'iobb', 'disjoint', 'auroc', ...     seeds            optional, how many seeds were averaged (absent: 1)
+    loss      'bce', 'wbce', 'focal', 'cb_focal'   n                units averaged over (films, or pairs of film and
+    class) metric    'iobb', 'disjoint', 'auroc', ...     seeds            optional, how many seeds were averaged
+    (absent: 1)
 
 Runs that are not there become dashes; losses and backbones the paper does not have are appended after the paper's.
 """
+
 import numpy as np
 import pandas as pd
 
-from lib.tables.layout import PUBLISHED, bounds_text, check_frame, check_label, latex, markdown, number_text, of_cells, range_text, tex_body
+from lib.tables.layout import (
+    PUBLISHED,
+    bounds_text,
+    check_frame,
+    check_label,
+    latex,
+    markdown,
+    number_text,
+    of_cells,
+    range_text,
+    tex_body,
+)
 from lib.tables.names import BACKBONES, LOSSES, MISSING, TASKS, display, ordered
 
 BASELINE = "bce"
@@ -20,16 +34,33 @@ BASELINE = "bce"
 _KEY = ["task", "backbone", "loss", "metric"]
 _PAPER = "Khakzar et al."
 _TABLES = {  # decimals: ours as many as the intervals can carry, the paper's as printed
-    1: {"file": "khakzar_table1_alignment.csv", "metrics": ("iobb", "ior"), "decimals": 3, "paper_decimals": 4, "label": "alignment",
+    1: {
+        "file": "khakzar_table1_alignment.csv",
+        "metrics": ("iobb", "ior"),
+        "decimals": 3,
+        "paper_decimals": 4,
+        "label": "alignment",
         "unit": ("pair of film and class", "pairs of film and class"),
-        "title": "Alignment of class activation maps with the annotated boxes: mean soft IoBB and IoR"},
-    2: {"file": "khakzar_table2_concepts.csv", "metrics": ("disjoint", "unique"), "decimals": 1, "paper_decimals": 0, "label": "concepts",
+        "title": "Alignment of class activation maps with the annotated boxes: mean soft IoBB and IoR",
+    },
+    2: {
+        "file": "khakzar_table2_concepts.csv",
+        "metrics": ("disjoint", "unique"),
+        "decimals": 1,
+        "paper_decimals": 0,
+        "label": "concepts",
         "unit": ("annotated film", "annotated films"),
-        "title": "Pathology-related concepts per annotated film, counted as Disjoint and as Unique"},
+        "title": "Pathology-related concepts per annotated film, counted as Disjoint and as Unique",
+    },
 }
 _CLAIMS = (  # statement, metric, claimed change against BCE
-    (1, "auroc", "alike"), (1, "ap", "alike"), (2, "mean_probability", "up"),
-    (3, "iobb", "up"), (3, "ior", "down"), (4, "disjoint", "up"), (4, "unique", "up"),
+    (1, "auroc", "alike"),
+    (1, "ap", "alike"),
+    (2, "mean_probability", "up"),
+    (3, "iobb", "up"),
+    (3, "ior", "down"),
+    (4, "disjoint", "up"),
+    (4, "unique", "up"),
 )
 
 
@@ -43,13 +74,14 @@ def table1(alignment: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
 
     Parameters
     ----------
-    alignment : results frame (see the module) with metrics 'iobb' and 'ior'; other metrics are left out, missing runs may be missing.
+    alignment : results frame (see the module) with metrics 'iobb' and 'ior'; other metrics are left out, missing runs
+    may be missing.
     data_label : what the numbers were measured on, e.g. 'Simulated phantom films, not patients'.
 
     Returns
     -------
-    DataFrame with columns data, task, backbone, loss, metric, value, ci_low, ci_high, n, n_skipped (undefined, left out), seeds,
-    paper: every cell of the table in the paper's order, NaN where there is no run or no published value.
+    DataFrame with columns data, task, backbone, loss, metric, value, ci_low, ci_high, n, n_skipped (undefined, left
+    out), seeds, paper: every cell of the table in the paper's order, NaN where there is no run or no published value.
 
     Raises
     ------
@@ -59,7 +91,8 @@ def table1(alignment: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
 
 
 def table2(concepts: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
-    """Table 2, Disjoint and Unique concepts of every run beside the paper's; arguments, columns and errors as in `table1`."""
+    """Table 2, Disjoint and Unique concepts of every run beside the paper's; arguments, columns and errors as in
+    `table1`."""
     return _beside_paper(concepts, 2, data_label)
 
 
@@ -70,7 +103,14 @@ def _beside_paper(results: pd.DataFrame, number: int, data_label: str) -> pd.Dat
     results = results[results["metric"].isin(metrics)]
     results = results.assign(**{name: value for name, value in (("seeds", 1), ("n_skipped", 0)) if name not in results})
     cells = pd.MultiIndex.from_product(
-        [ordered(TASKS, results["task"]), ordered(BACKBONES, results["backbone"]), ordered(LOSSES, results["loss"]), metrics], names=_KEY)
+        [
+            ordered(TASKS, results["task"]),
+            ordered(BACKBONES, results["backbone"]),
+            ordered(LOSSES, results["loss"]),
+            metrics,
+        ],
+        names=_KEY,
+    )
     ours = results.set_index(_KEY)[["value", "ci_low", "ci_high", "n", "n_skipped", "seeds"]].reindex(cells)
     ours["paper"] = read_published(number).set_index(_KEY)["value"].reindex(cells)
     table = ours.reset_index()
@@ -84,13 +124,17 @@ def _checked(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def caption(table: pd.DataFrame, interval: str) -> str:
-    """One paragraph under a table of `table1` or `table2`: what it shows, on which data, n, seeds and how the intervals were made.
+    """One paragraph under a table of `table1` or `table2`: what it shows, on which data, n, seeds and how the intervals
+    were made.
 
     `interval` names the method, e.g. 'percentile bootstrap over patients, 2000 replicates'.
     """
     number = _number(table)
     spec, have = _TABLES[number], table.dropna(subset=["value"])
-    counts = [f"{range_text(rows['n'], *spec['unit'])} ({display(str(task)).lower()})" for task, rows in have.groupby("task", sort=False)]
+    counts = [
+        f"{range_text(rows['n'], *spec['unit'])} ({display(str(task)).lower()})"
+        for task, rows in have.groupby("task", sort=False)
+    ]
     parts = [f"{spec['title']}. Data: {table['data'].iloc[0]}."]
     if counts:
         parts.append(f"Mean over {' and '.join(counts)}; {range_text(have['seeds'], 'seed', 'seeds')} a run.")
@@ -99,7 +143,10 @@ def caption(table: pd.DataFrame, interval: str) -> str:
         cells = f"{len(skipped)} cell{'s' if len(skipped) > 1 else ''}"
         reason = " (an empty map has no IoR)" if number == 1 else ""
         parts.append(f"In {cells} up to {int(skipped['n_skipped'].max())} are undefined and left out{reason}.")
-    parts.append(f"Under each mean its 95 % interval ({interval}), then the value of {_PAPER}, Table {number} (full NIH ChestX-ray14).")
+    parts.append(
+        f"Under each mean its 95 % interval ({interval}), then the value of {_PAPER}, Table {number} (full NIH "
+        "ChestX-ray14)."
+    )
     if have["value"].size < len(table):
         parts.append(f"{MISSING}: no such run.")
     return " ".join(parts)
@@ -117,7 +164,10 @@ def _lines(table: pd.DataFrame) -> tuple[list[list[str]], list[tuple[str, list[s
     """The lines of headings, and the printed lines, three a loss: mean (its label between **), interval, paper."""
     spec = _TABLES[_number(table)]
     columns = list(dict.fromkeys(table[["task", "backbone", "metric"]].itertuples(index=False, name=None)))
-    head = [[name, *(display(column[part]) for column in columns)] for part, name in enumerate(("Task", "Classifier", "Metric"))]
+    head = [
+        [name, *(display(column[part]) for column in columns)]
+        for part, name in enumerate(("Task", "Classifier", "Metric"))
+    ]
     cells, lines = table.set_index(_KEY), []
     for loss in table["loss"].unique():
         rows = [cells.loc[(task, backbone, loss, metric)] for task, backbone, metric in columns]
@@ -128,22 +178,29 @@ def _lines(table: pd.DataFrame) -> tuple[list[list[str]], list[tuple[str, list[s
 
 
 def to_markdown(table: pd.DataFrame, *, interval: str) -> str:
-    """A frame of `table1` or `table2` as a Markdown table in the paper's arrangement, its caption below; `interval` as in `caption`."""
+    """A frame of `table1` or `table2` as a Markdown table in the paper's arrangement, its caption below; `interval` as
+    in `caption`."""
     head, lines = _lines(table)
-    return markdown([*head, *([label, *cells] for label, cells in lines)], f"**Table {_number(table)}.** {caption(table, interval)}")
+    return markdown(
+        [*head, *([label, *cells] for label, cells in lines)], f"**Table {_number(table)}.** {caption(table, interval)}"
+    )
 
 
 def to_latex(table: pd.DataFrame, *, interval: str) -> str:
-    """A frame of `table1` or `table2` as a LaTeX table over the text width (packages: booktabs); `interval` as in `caption`."""
+    """A frame of `table1` or `table2` as a LaTeX table over the text width (packages: booktabs); `interval` as in
+    `caption`."""
     head, lines = _lines(table)
-    return latex(head, tex_body(lines, bold=False), caption=caption(table, interval), label=_TABLES[_number(table)]["label"])
+    return latex(
+        head, tex_body(lines, bold=False), caption=caption(table, interval), label=_TABLES[_number(table)]["label"]
+    )
 
 
 def differences_to_bce(results: pd.DataFrame) -> pd.DataFrame:
-    """Every cost-sensitive run minus the BCE run of its task and backbone: task, backbone, loss, metric, difference, ci_low, ci_high.
+    """Every cost-sensitive run minus the BCE run of its task and backbone: task, backbone, loss, metric, difference,
+    ci_low, ci_high.
 
-    The intervals are NaN: two separate intervals say little about a difference. Where a paired bootstrap was made, put its intervals in.
-    Runs without a BCE run beside them are left out.
+    The intervals are NaN: two separate intervals say little about a difference. Where a paired bootstrap was made, put
+    its intervals in. Runs without a BCE run beside them are left out.
     """
     results = _checked(results, ["value"])
     group = ["task", "backbone", "metric"]
@@ -155,22 +212,25 @@ def differences_to_bce(results: pd.DataFrame) -> pd.DataFrame:
 def statements(differences: pd.DataFrame, *, margin: float = 0.02) -> pd.DataFrame:
     """The four statements of Khakzar et al. (section 5), checked cell by cell against the BCE run.
 
-    (1) AUROC and AP are alike across losses; (2) the mean predicted probability is higher; (3) IoBB is higher and IoR lower;
-    (4) there are more concepts, Disjoint and Unique. A cell is one task, backbone and cost-sensitive loss: 12 in a whole study.
+    (1) AUROC and AP are alike across losses; (2) the mean predicted probability is higher; (3) IoBB is higher and IoR
+    lower; (4) there are more concepts, Disjoint and Unique. A cell is one task, backbone and cost-sensitive loss: 12 in
+    a whole study.
 
     Parameters
     ----------
-    differences : task, backbone, loss, metric, difference (loss minus BCE), ci_low, ci_high of the PAIRED difference (NaN: none), as from
+    differences : task, backbone, loss, metric, difference (loss minus BCE), ci_low, ci_high of the PAIRED difference
+    (NaN: none), as from
         `differences_to_bce`. Metrics named in METRICS are used, others left out.
     margin : AUROC and AP count as alike when they differ from BCE's by at most this.
 
     Returns
     -------
-    DataFrame, one row per statement and metric and, for statements of two metrics, a row 'both': statement, metric, claim ('alike', 'up',
-    'down', 'both'), margin (NaN but for 'alike'), cells (with a difference), holds (the difference is as claimed), intervals (cells with an
-    interval), supported (the whole interval is as claimed: within the margin, or on the claimed side of zero), contradicted (the whole
-    interval is otherwise), excludes_zero, paper_cells and paper_holds (the same count in the paper's printed tables; 0 cells for
-    statements 1 and 2, which it shows in Fig. 2 only). 'both' needs both metrics; contradicted and excludes_zero count where either does.
+    DataFrame, one row per statement and metric and, for statements of two metrics, a row 'both': statement, metric,
+    claim ('alike', 'up', 'down', 'both'), margin (NaN but for 'alike'), cells (with a difference), holds (the
+    difference is as claimed), intervals (cells with an interval), supported (the whole interval is as claimed: within
+    the margin, or on the claimed side of zero), contradicted (the whole interval is otherwise), excludes_zero,
+    paper_cells and paper_holds (the same count in the paper's printed tables; 0 cells for statements 1 and 2, which it
+    shows in Fig. 2 only). 'both' needs both metrics; contradicted and excludes_zero count where either does.
 
     Raises
     ------
@@ -185,16 +245,36 @@ def statements(differences: pd.DataFrame, *, margin: float = 0.02) -> pd.DataFra
     for number in sorted({claim[0] for claim in _CLAIMS}):
         claims = {metric: claim for statement, metric, claim in _CLAIMS if statement == number}
         for metric, claim in claims.items():
-            rows.append({"statement": number, "metric": metric, "claim": claim, "margin": margin if claim == "alike" else np.nan}
-                        | _counts(ours, [metric], "") | _counts(paper, [metric], "paper_"))
+            rows.append(
+                {
+                    "statement": number,
+                    "metric": metric,
+                    "claim": claim,
+                    "margin": margin if claim == "alike" else np.nan,
+                }
+                | _counts(ours, [metric], "")
+                | _counts(paper, [metric], "paper_")
+            )
         if len(claims) > 1:
-            rows.append({"statement": number, "metric": "both", "claim": "both", "margin": margin if "alike" in claims.values() else np.nan}
-                        | _counts(ours, list(claims), "") | _counts(paper, list(claims), "paper_"))
-    return pd.DataFrame(rows).drop(columns=["paper_intervals", "paper_supported", "paper_contradicted", "paper_excludes_zero"])
+            rows.append(
+                {
+                    "statement": number,
+                    "metric": "both",
+                    "claim": "both",
+                    "margin": margin if "alike" in claims.values() else np.nan,
+                }
+                | _counts(ours, list(claims), "")
+                | _counts(paper, list(claims), "paper_")
+            )
+    return pd.DataFrame(rows).drop(
+        columns=["paper_intervals", "paper_supported", "paper_contradicted", "paper_excludes_zero"]
+    )
 
 
 def _verdicts(differences: pd.DataFrame, margin: float) -> pd.DataFrame:
-    differences = differences.astype(dict.fromkeys(["difference", "ci_low", "ci_high"], float))  # an empty frame has columns of objects
+    differences = differences.astype(
+        dict.fromkeys(["difference", "ci_low", "ci_high"], float)
+    )  # an empty frame has columns of objects
     frame = differences[(differences["loss"] != BASELINE) & np.isfinite(differences["difference"])].copy()
     claim = frame["metric"].map({metric: claim for _, metric, claim in _CLAIMS})
     frame, claim = frame[claim.notna()], claim.dropna()
@@ -224,10 +304,18 @@ def statement_sentences(checked: pd.DataFrame) -> list[str]:
 
 def _paragraph(number: int, rows: pd.DataFrame) -> str:
     margin = rows["margin"].max()
-    heading = {1: "AUROC and AP are alike across losses", 2: "The cost-sensitive losses raise the mean predicted probability",
-               3: "The cost-sensitive losses raise IoBB and lower IoR", 4: "The cost-sensitive losses give more concepts"}[number]
+    heading = {
+        1: "AUROC and AP are alike across losses",
+        2: "The cost-sensitive losses raise the mean predicted probability",
+        3: "The cost-sensitive losses raise IoBB and lower IoR",
+        4: "The cost-sensitive losses give more concepts",
+    }[number]
     overall = rows.iloc[-1]
-    verdict = f"holds in {of_cells(overall['holds'], overall['cells'])}" if overall["cells"] else "cannot be checked, no cell has its runs"
+    verdict = (
+        f"holds in {of_cells(overall['holds'], overall['cells'])}"
+        if overall["cells"]
+        else "cannot be checked, no cell has its runs"
+    )
     parts = [f"**{number}. {heading}**: {verdict}."]
     for metric, row in rows.iterrows():
         if metric != "both" and row["cells"]:
@@ -235,7 +323,10 @@ def _paragraph(number: int, rows: pd.DataFrame) -> str:
     if not overall["paper_cells"]:
         parts.append("The paper shows this in its Fig. 2 only and prints no table to count in.")
     else:
-        each = ", ".join(f"{display(str(metric))} in {of_cells(row['paper_holds'], row['paper_cells'])}" for metric, row in rows.iterrows())
+        each = ", ".join(
+            f"{display(str(metric))} in {of_cells(row['paper_holds'], row['paper_cells'])}"
+            for metric, row in rows.iterrows()
+        )
         parts.append(f"In the paper's own Table {number - 2}: {each}.")
     return " ".join(parts)
 
@@ -246,7 +337,11 @@ def _metric_sentence(metric: str, row: pd.Series, margin: float) -> str:
     if not row["intervals"]:
         return sentence + " (no intervals)."
     alike = row["claim"] == "alike"
-    yes, no = ("lies within that margin", "wholly outside it") if alike else ("excludes zero on that side", "on the other side")
+    yes, no = (
+        ("lies within that margin", "wholly outside it")
+        if alike
+        else ("excludes zero on that side", "on the other side")
+    )
     of = "" if row["intervals"] == row["cells"] else f" (of {row['intervals']} with one)"
     supported, contradicted = (row[name] or "none" for name in ("supported", "contradicted"))
     return sentence + f"; the 95 % interval of the difference {yes} in {supported}{of}, {no} in {contradicted}."

@@ -1,4 +1,6 @@
-"""What the papers' tables share: the frames they are made of and their checks, the text of cells, the layout in Markdown and in LaTeX."""
+"""What the papers' tables share: the frames they are made of and their checks, the text of cells, the layout in
+Markdown and in LaTeX."""
+
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +19,11 @@ def check_label(data_label: str) -> None:
         raise ValueError("data_label is empty: say what the numbers were measured on")
 
 
-def check_frame(frame: pd.DataFrame, key: list[str], columns: list[str], where: str = "the frame", remedy: str = "") -> None:
-    """ValueError where `frame` lacks a column of `key` or `columns`, or has two rows of one key; `where` names it, `remedy` says what to do."""
+def check_frame(
+    frame: pd.DataFrame, key: list[str], columns: list[str], where: str = "the frame", remedy: str = ""
+) -> None:
+    """ValueError where `frame` lacks a column of `key` or `columns`, or has two rows of one key; `where` names it,
+    `remedy` says what to do."""
     missing = [name for name in key + columns if name not in frame]
     if missing:
         raise ValueError(f"{where} has no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
@@ -28,14 +33,20 @@ def check_frame(frame: pd.DataFrame, key: list[str], columns: list[str], where: 
 
 
 def long_metrics(metrics: pd.DataFrame, names: tuple[str, ...] = ("auroc", "ap", "mean_probability")) -> pd.DataFrame:
-    """metrics.csv rows (columns <name>, <name>_ci_low, <name>_ci_high) as one row per metric: metric, value, ci_low, ci_high.
+    """metrics.csv rows (columns <name>, <name>_ci_low, <name>_ci_high) as one row per metric: metric, value, ci_low,
+    ci_high.
 
-    All columns that belong to no metric (task, backbone, loss, class, prevalence, ...) are kept. Intervals that are absent become NaN.
+    All columns that belong to no metric (task, backbone, loss, class, prevalence, ...) are kept. Intervals that are
+    absent become NaN.
     """
     parts = []
-    keep = [column for column in metrics if not any(column in (name, f"{name}_ci_low", f"{name}_ci_high") for name in names)]
+    keep = [
+        column for column in metrics if not any(column in (name, f"{name}_ci_low", f"{name}_ci_high") for name in names)
+    ]
     for name in names:
-        bounds = {f"ci_{side}": metrics.get(f"{name}_ci_{side}", pd.Series(np.nan, metrics.index)) for side in ("low", "high")}
+        bounds = {
+            f"ci_{side}": metrics.get(f"{name}_ci_{side}", pd.Series(np.nan, metrics.index)) for side in ("low", "high")
+        }
         parts.append(metrics[keep].assign(metric=name, value=metrics[name], **bounds))
     return pd.concat(parts, ignore_index=True)
 
@@ -67,11 +78,13 @@ def of_cells(count: int, total: int) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]], below: str, n_labels: int = 1) -> str:
-    """`rows`, the first of which is the head, as a Markdown table with a paragraph `below`; the first `n_labels` columns are flush left."""
+    """`rows`, the first of which is the head, as a Markdown table with a paragraph `below`; the first `n_labels`
+    columns are flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.ljust(width) if i < n_labels else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))} |"
+        cells = [cell.ljust(w) if i < n_labels else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        return f"| {' | '.join(cells)} |"
 
     rule = "|" + "|".join("-" * (width + 1) + ("-" if i < n_labels else ":") for i, width in enumerate(widths)) + "|"
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), "", below, ""])
@@ -79,11 +92,18 @@ def markdown(rows: Sequence[Sequence[str]], below: str, n_labels: int = 1) -> st
 
 def tex(text: str) -> str:
     """`text` with LaTeX's special characters escaped, and dashes as LaTeX writes them."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "---", "–": "--", " %": r"\,\%"}
+    special = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "—": "---",
+        "–": "--",
+        " %": r"\,\%",
+    }
     special |= {character: "\\" + character for character in "&%$#_{}"}
     out, i = [], 0
     while i < len(text):
-        key = text[i:i + 2] if text[i:i + 2] in special else text[i]
+        key = text[i : i + 2] if text[i : i + 2] in special else text[i]
         out.append(special.get(key, key))
         i += len(key)
     return "".join(out)
@@ -95,7 +115,8 @@ def tex_row(cells: Iterable[str]) -> str:
 
 
 def tex_body(lines: Iterable[tuple[str, list[str]]], bold: bool = True) -> list[str]:
-    """Lines of a label and its cells in LaTeX: a label with ** begins a group, the others are indented. `bold` False: labels are not bold."""
+    """Lines of a label and its cells in LaTeX: a label with ** begins a group, the others are indented. `bold` False:
+    labels are not bold."""
     body = []
     for label, cells in lines:
         begins = label.startswith("**")
@@ -105,20 +126,29 @@ def tex_body(lines: Iterable[tuple[str, list[str]]], bold: bool = True) -> list[
     return body
 
 
-def latex(head: Sequence[Sequence[str]], body: Iterable[str], *, caption: str, label: str, n_labels: int = 1, gap: int = 3) -> str:
+def latex(
+    head: Sequence[Sequence[str]], body: Iterable[str], *, caption: str, label: str, n_labels: int = 1, gap: int = 3
+) -> str:
     """A LaTeX table over the text width (packages: booktabs).
 
     Parameters
     ----------
-    head : the lines of headings, plain text; in all but the last, one heading spans the neighbouring columns that have it and the same ones above.
+    head : the lines of headings, plain text; in all but the last, one heading spans the neighbouring columns that have
+    it and the same ones above.
     body : lines of LaTeX, as of `tex_body`.
     caption : plain text.
     label : the table's name for references, after 'tab:'.
     n_labels : how many columns are flush left.
     gap : half the space between two columns, in points.
     """
-    out = [r"\begin{table*}", rf"\centering\footnotesize\setlength{{\tabcolsep}}{{{gap}pt}}", rf"\caption{{{tex(caption)}}}", rf"\label{{tab:{label}}}",
-           rf"\begin{{tabular}}{{{'l' * n_labels}{'c' * (len(head[0]) - n_labels)}}}", r"\toprule"]
+    out = [
+        r"\begin{table*}",
+        rf"\centering\footnotesize\setlength{{\tabcolsep}}{{{gap}pt}}",
+        rf"\caption{{{tex(caption)}}}",
+        rf"\label{{tab:{label}}}",
+        rf"\begin{{tabular}}{{{'l' * n_labels}{'c' * (len(head[0]) - n_labels)}}}",
+        r"\toprule",
+    ]
     for level in range(1, len(head)):
         spans, rules, start = [], [], n_labels + 1
         for texts, columns in groupby(zip(*(row[n_labels:] for row in head[:level]))):
@@ -127,7 +157,9 @@ def latex(head: Sequence[Sequence[str]], body: Iterable[str], *, caption: str, l
             rules.append(rf"\cmidrule(lr){{{start}-{end}}}")
             start = end + 1
         out += [f"{' & '.join([*map(tex, head[level - 1][:n_labels]), *spans])} \\\\", "".join(rules)]
-    return "\n".join([*out, tex_row(head[-1]), r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""])
+    return "\n".join(
+        [*out, tex_row(head[-1]), r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""]
+    )
 
 
 def _bold_tex(text: str) -> str:

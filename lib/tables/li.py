@@ -4,53 +4,134 @@ Tidy frames in. The columns that identify a row, where a table has them:
 
     class     optional, the selected class, where there are several     features  'all', 'principal', 'non_principal'
     method    the ids of CAMS, or any other                             metric    as said at the table
-    scale     'individual', 'common_raw' (the signed maps are summed as they are) or 'common_tanh' (their values on the common scale)
+    scale     'individual', 'common_raw' (the signed maps are summed as they are) or 'common_tanh' (their values on the
+    common scale)
 
-Further columns are n (films) and ci_low, ci_high (the 95 % interval; optional, NaN: none). Rows that are not there become dashes; methods the
-paper prints no numbers for come after its four, in the order of CAMS.
+Further columns are n (films) and ci_low, ci_high (the 95 % interval; optional, NaN: none). Rows that are not there
+become dashes; methods the paper prints no numbers for come after its four, in the order of CAMS.
 """
+
 import numpy as np
 import pandas as pd
 
-from lib.tables.layout import PUBLISHED, bounds_text, check_frame, check_label, latex, long_metrics, markdown, number_text, range_text, tex_body
+from lib.tables.layout import (
+    PUBLISHED,
+    bounds_text,
+    check_frame,
+    check_label,
+    latex,
+    long_metrics,
+    markdown,
+    number_text,
+    range_text,
+    tex_body,
+)
 from lib.tables.names import METRICS, MISSING, class_name, ordered
 
-CAMS = {"grad": "Grad", "hires": "Pixel-wise Grad", "gradpp": "Grad++", "xgrad": "XGrad", "cam": "CAM", "layer": "Layer",
-        "smooth_gradpp": "Smooth Grad++", "score": "Score-CAM", "ss": "SS-CAM", "is": "IS-CAM"}
-SCALES = {"individual": "Individual scale", "common_raw": "Common scale, raw sum", "common_tanh": "Common scale, scaled values"}
+CAMS = {
+    "grad": "Grad",
+    "hires": "Pixel-wise Grad",
+    "gradpp": "Grad++",
+    "xgrad": "XGrad",
+    "cam": "CAM",
+    "layer": "Layer",
+    "smooth_gradpp": "Smooth Grad++",
+    "score": "Score-CAM",
+    "ss": "SS-CAM",
+    "is": "IS-CAM",
+}
+SCALES = {
+    "individual": "Individual scale",
+    "common_raw": "Common scale, raw sum",
+    "common_tanh": "Common scale, scaled values",
+}
 FEATURES = {"all": "All", "principal": "Principal", "non_principal": "Non-principal"}
 _PRINTED = {"grad": "grad_cam", "hires": "pixelwise_grad_cam", "gradpp": "grad_cam_pp", "xgrad": "xgrad_cam"}
 _COEFFICIENTS = {"pearson": "Pearson", "spearman": "Spearman"}
 _CHANGES = {"average_increase": "Average increase (%)", "average_drop": "Average drop (%)"}
-_CORRELATION = ("Bold: the coefficient of the paper's rule, Pearson where Henze and Zirkler's test does not reject a bivariate normal distribution "
-                "at 0.05, else Spearman.")
-_RAW = ("Raw sum: of the signed maps before the tanh, as the authors' code computes it, so the paper's S- value stands there; scaled values: "
-        "after it, as the paper words it.")
+_CORRELATION = (
+    "Bold: the coefficient of the paper's rule, Pearson where Henze and Zirkler's test does not reject a bivariate "
+    "normal distribution "
+    "at 0.05, else Spearman."
+)
+_RAW = (
+    "Raw sum: of the signed maps before the tanh, as the authors' code computes it, so the paper's S- value stands "
+    "there; scaled values: "
+    "after it, as the paper words it."
+)
 _TABLES = {
-    1: {"file": "li_table1_consistency.csv", "label": "consistency", "decimals": 3, "roman": "I",
-        "title": "Consistency: correlation over films of the sum of class activations with the logit of the selected class",
-        "notes": f"{_CORRELATION} Individual scale: negative values dropped, each map scaled to its own 0 to 1. {_RAW} Where the head is pooling and "
-                 "one linear layer, the raw sum of CAM, Grad, XGrad and pixel-wise Grad is the logit up to constants, so there a 1 is an identity."},
-    2: {"file": "li_table2_masked_accuracy.csv", "label": "masked-features", "decimals": 3, "roman": "II",
+    1: {
+        "file": "li_table1_consistency.csv",
+        "label": "consistency",
+        "decimals": 3,
+        "roman": "I",
+        "title": (
+            "Consistency: correlation over films of the sum of class activations with the logit of the selected class"
+        ),
+        "notes": (
+            f"{_CORRELATION} Individual scale: negative values dropped, each map scaled to its own 0 to 1. "
+            f"{_RAW} Where the head is pooling and "
+            "one linear layer, the raw sum of CAM, Grad, XGrad and pixel-wise Grad is the logit up to constants, so "
+            "there a 1 is an identity."
+        ),
+    },
+    2: {
+        "file": "li_table2_masked_accuracy.csv",
+        "label": "masked-features",
+        "decimals": 3,
+        "roman": "II",
         "title": "Performance with principal and with all other features only",
-        "notes": "The features left out are set to zero at the target layer and the forward pass goes on; no mask depends on a film's own label."},
-    3: {"file": "li_table3_feature_selection.csv", "label": "selected-consistency", "decimals": 3, "roman": "III",
-        "title": "Consistency with the logit on the common scale, of maps of all features (S-) and of the principal ones (FS-S-)",
-        "notes": f"{_CORRELATION} {_RAW} FS-S- maps are scaled by P10 and P90 of the maps of all features."},
-    4: {"file": "li_table4_localisation_change.csv", "label": "increase-drop", "decimals": 2, "roman": "IV",
-        "title": "Average increase (higher is better) and average drop (lower is better) of the confidence when the film is multiplied by its map",
-        "notes": "Maps scaled to their own 0 to 1, without a threshold; films of confidence 0 do not count in the drop. Change: 100 (FS-CAM - CAM) / "
-                 "CAM, none where CAM has 0."},
+        "notes": (
+            "The features left out are set to zero at the target layer and the forward pass goes on; no mask "
+            "depends on a film's own label."
+        ),
+    },
+    3: {
+        "file": "li_table3_feature_selection.csv",
+        "label": "selected-consistency",
+        "decimals": 3,
+        "roman": "III",
+        "title": (
+            "Consistency with the logit on the common scale, of maps of all features (S-) and of the principal "
+            "ones (FS-S-)"
+        ),
+        "notes": f"{_CORRELATION} {_RAW} FS-S- maps are scaled by P10 and P90 of the maps of all features.",
+    },
+    4: {
+        "file": "li_table4_localisation_change.csv",
+        "label": "increase-drop",
+        "decimals": 2,
+        "roman": "IV",
+        "title": (
+            "Average increase (higher is better) and average drop (lower is better) of the confidence when the "
+            "film is multiplied by its map"
+        ),
+        "notes": (
+            "Maps scaled to their own 0 to 1, without a threshold; films of confidence 0 do not count in the "
+            "drop. Change: 100 (FS-CAM - CAM) / "
+            "CAM, none where CAM has 0."
+        ),
+    },
 }
-_KEY = {1: ["class", "method", "scale"], 2: ["class", "metric", "features"], 3: ["class", "method", "scale", "features"],
-        4: ["class", "method", "metric", "features"]}
+_KEY = {
+    1: ["class", "method", "scale"],
+    2: ["class", "metric", "features"],
+    3: ["class", "method", "scale", "features"],
+    4: ["class", "method", "metric", "features"],
+}
 _COLUMNS = {  # of the printed table: the last part of the key, and what heads it
     1: {(scale,): (name,) for scale, name in SCALES.items()},
     2: {(features,): (f"{name} features",) for features, name in FEATURES.items()},
-    3: {(scale, features): (SCALES[scale], name) for scale in ("common_raw", "common_tanh")
-        for features, name in (("all", "S-"), ("principal", "FS-S-"))},
-    4: {(metric, features): (title, name) for metric, title in _CHANGES.items() for features, name in (("all", "CAM"), ("principal", "FS-CAM"),
-                                                                                                     ("change", "Change"))},
+    3: {
+        (scale, features): (SCALES[scale], name)
+        for scale in ("common_raw", "common_tanh")
+        for features, name in (("all", "S-"), ("principal", "FS-S-"))
+    },
+    4: {
+        (metric, features): (title, name)
+        for metric, title in _CHANGES.items()
+        for features, name in (("all", "CAM"), ("principal", "FS-CAM"), ("change", "Change"))
+    },
 }
 
 
@@ -64,21 +145,24 @@ def table1(consistency: pd.DataFrame, *, dataset: str = "X-rays", data_label: st
 
     Parameters
     ----------
-    consistency : [class], method, scale, pearson, spearman, normal (bool, the test for a bivariate normal does not reject), chosen ('pearson' or
-        'spearman', the coefficient the paper's rule takes; '' or NaN: neither exists), n, and optionally ci_low, ci_high of the chosen one,
-        and features: then only the rows 'all' count. Methods may differ in n, where some are tried on few films: the printed table says on how
-        many, and `sentences` leave those rows out.
+    consistency : [class], method, scale, pearson, spearman, normal (bool, the test for a bivariate normal does not
+    reject), chosen ('pearson' or
+        'spearman', the coefficient the paper's rule takes; '' or NaN: neither exists), n, and optionally ci_low,
+        ci_high of the chosen one, and features: then only the rows 'all' count. Methods may differ in n, where some are
+        tried on few films: the printed table says on how many, and `sentences` leave those rows out.
     dataset : the paper's row to put beside, e.g. 'X-rays' or 'MNIST'.
     data_label : what ours were measured on, e.g. 'Simulated phantom films, not patients'.
 
     Returns
     -------
-    DataFrame, a row a cell in the paper's order: table (1), data, dataset, class, method, scale, pearson, spearman, normal, chosen, value (the
-    chosen coefficient), ci_low, ci_high, n, paper. NaN where there is no row, or the paper has no number.
+    DataFrame, a row a cell in the paper's order: table (1), data, dataset, class, method, scale, pearson, spearman,
+    normal, chosen, value (the chosen coefficient), ci_low, ci_high, n, paper. NaN where there is no row, or the paper
+    has no number.
 
     Raises
     ------
-    ValueError : empty data_label, a data set the paper does not have, missing columns, unknown ids, or a row given twice.
+    ValueError : empty data_label, a data set the paper does not have, missing columns, unknown ids, or a row given
+    twice.
     """
     if "features" in consistency:
         consistency = consistency[consistency["features"] == "all"]
@@ -90,14 +174,16 @@ def table2(masked: pd.DataFrame, *, selection: str, dataset: str = "X-rays", dat
 
     Parameters
     ----------
-    masked : [class], features ('all', 'principal', 'non_principal'), n_features, n, and auroc or accuracy or both, each with its
+    masked : [class], features ('all', 'principal', 'non_principal'), n_features, n, and auroc or accuracy or both, each
+    with its
         <name>_ci_low and <name>_ci_high (optional).
     selection : how the principal features were chosen, e.g. 'the top 5 % of the importance matrix for any class'.
     dataset, data_label : as for `table1`; the paper's numbers are accuracies.
 
     Returns
     -------
-    DataFrame: table (2), data, dataset, selection, class, metric, features, value, ci_low, ci_high, n, n_features, paper.
+    DataFrame: table (2), data, dataset, selection, class, metric, features, value, ci_low, ci_high, n, n_features,
+    paper.
 
     Raises
     ------
@@ -105,17 +191,29 @@ def table2(masked: pd.DataFrame, *, selection: str, dataset: str = "X-rays", dat
     """
     names = tuple(name for name in ("auroc", "accuracy") if name in masked)
     if not names:
-        raise ValueError(f"the frame has neither a column auroc nor accuracy; it has {', '.join(map(str, masked.columns))}")
+        raise ValueError(
+            f"the frame has neither a column auroc nor accuracy; it has {', '.join(map(str, masked.columns))}"
+        )
     frame = _checked(2, long_metrics(masked, names), ["n_features", "n"])
     printed = read_published(2).replace({"features": {"principal_top5pct": "principal"}}).query("dataset == @dataset")
     paper = {("accuracy", row.features): row.accuracy for row in printed.itertuples()}
-    return _assembled(2, frame, [list(names), list(FEATURES)], ["value", "ci_low", "ci_high", "n", "n_features"], paper, dataset, data_label, selection)
+    return _assembled(
+        2,
+        frame,
+        [list(names), list(FEATURES)],
+        ["value", "ci_low", "ci_high", "n", "n_features"],
+        paper,
+        dataset,
+        data_label,
+        selection,
+    )
 
 
 def table3(consistency: pd.DataFrame, *, selection: str, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
     """Table III, consistency of the S-CAMs of all and of the principal features.
 
-    `consistency` : as for `table1`, with features 'all' or 'principal'; rows of the individual scale do not count. `selection` : as for
+    `consistency` : as for `table1`, with features 'all' or 'principal'; rows of the individual scale do not count.
+    `selection` : as for
     `table2`. Columns and errors as for `table1`, with selection and features.
     """
     if "scale" in consistency and "features" in consistency:
@@ -124,18 +222,20 @@ def table3(consistency: pd.DataFrame, *, selection: str, dataset: str = "X-rays"
 
 
 def table4(localisation: pd.DataFrame, *, selection: str, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
-    """Table IV, how confidence changes when a film is multiplied by its map, for the CAM and the FS-CAM, and the change in percent.
+    """Table IV, how confidence changes when a film is multiplied by its map, for the CAM and the FS-CAM, and the change
+    in percent.
 
     Parameters
     ----------
-    localisation : [class], method, metric ('average_increase' or 'average_drop'), features ('all': the original CAM, 'principal': the
+    localisation : [class], method, metric ('average_increase' or 'average_drop'), features ('all': the original CAM,
+    'principal': the
         FS-CAM), value in percent, n, and optionally ci_low, ci_high.
     selection, dataset, data_label : as for `table2`.
 
     Returns
     -------
-    DataFrame: table (4), data, dataset, selection, class, method, metric, features (also 'change', in percent of the original), value, ci_low,
-    ci_high, n, paper. The paper prints changes only.
+    DataFrame: table (4), data, dataset, selection, class, method, metric, features (also 'change', in percent of the
+    original), value, ci_low, ci_high, n, paper. The paper prints changes only.
 
     Raises
     ------
@@ -146,7 +246,9 @@ def table4(localisation: pd.DataFrame, *, selection: str, dataset: str = "X-rays
     before, after = (frame[frame["features"] == features].set_index(key) for features in ("all", "principal"))
     both = before.join(after["value"].rename("after"), how="inner")
     change = 100 * (both["after"] - both["value"]) / both["value"].where(both["value"] != 0)
-    change = both.assign(value=change, features="change", ci_low=np.nan, ci_high=np.nan).drop(columns="after").reset_index()
+    change = (
+        both.assign(value=change, features="change", ci_low=np.nan, ci_high=np.nan).drop(columns="after").reset_index()
+    )
     printed = read_published(4).query("dataset == @dataset")
     ids = {name: method for method, name in _PRINTED.items()}
     paper = {(ids[row.method], row.metric, "change"): row.percent_change for row in printed.itertuples()}
@@ -161,29 +263,59 @@ def _consistency(number: int, frame: pd.DataFrame, dataset: str, data_label: str
     unknown = set(frame["chosen"].dropna()) - set(_COEFFICIENTS)
     if unknown:
         raise ValueError(f"chosen is {', '.join(map(str, unknown))}: it must name the coefficient, pearson or spearman")
-    frame = frame.assign(value=np.where(frame["chosen"] == "pearson", frame["pearson"], frame["spearman"].where(frame["chosen"].notna())))
+    frame = frame.assign(
+        value=np.where(frame["chosen"] == "pearson", frame["pearson"], frame["spearman"].where(frame["chosen"].notna()))
+    )
     printed = read_published(number).query("dataset == @dataset").set_index("method")["correlation_with_logit"]
-    prefixes = {("individual",): "", ("common_raw",): "s_"} if number == 1 else {("common_raw", "all"): "s_", ("common_raw", "principal"): "fs_s_"}
-    paper = {(method, *column): printed[prefix + name] for method, name in _PRINTED.items() for column, prefix in prefixes.items() if len(printed)}
-    levels = [_methods(frame), *([list(SCALES)] if number == 1 else [["common_raw", "common_tanh"], ["all", "principal"]])]
+    prefixes = (
+        {("individual",): "", ("common_raw",): "s_"}
+        if number == 1
+        else {("common_raw", "all"): "s_", ("common_raw", "principal"): "fs_s_"}
+    )
+    paper = {
+        (method, *column): printed[prefix + name]
+        for method, name in _PRINTED.items()
+        for column, prefix in prefixes.items()
+        if len(printed)
+    }
+    levels = [
+        _methods(frame),
+        *([list(SCALES)] if number == 1 else [["common_raw", "common_tanh"], ["all", "principal"]]),
+    ]
     columns = [*_COEFFICIENTS, "normal", "chosen", "value", "ci_low", "ci_high", "n"]
     return _assembled(number, frame, levels, columns, paper, dataset, data_label, selection)
 
 
 def _methods(frame: pd.DataFrame) -> list[str]:
     present = set(frame["method"])
-    return ordered({method: name for method, name in CAMS.items() if method in _PRINTED or method in present}, frame["method"])
+    return ordered(
+        {method: name for method, name in CAMS.items() if method in _PRINTED or method in present}, frame["method"]
+    )
 
 
 def _checked(number: int, frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    frame = frame.assign(**{name: value for name, value in (("class", ""), ("ci_low", np.nan), ("ci_high", np.nan)) if name not in frame})
+    frame = frame.assign(
+        **{name: value for name, value in (("class", ""), ("ci_low", np.nan), ("ci_high", np.nan)) if name not in frame}
+    )
     where = f"the frame for Table {_TABLES[number]['roman']}"
-    check_frame(frame, _KEY[number], columns, where, ": one row each, and a column class where there are several selected classes")
-    allowed = {"scale": set(SCALES), "features": set(FEATURES), "metric": set(_CHANGES) if number == 4 else {"auroc", "accuracy"}}
+    check_frame(
+        frame,
+        _KEY[number],
+        columns,
+        where,
+        ": one row each, and a column class where there are several selected classes",
+    )
+    allowed = {
+        "scale": set(SCALES),
+        "features": set(FEATURES),
+        "metric": set(_CHANGES) if number == 4 else {"auroc", "accuracy"},
+    }
     for name in set(_KEY[number]) & set(allowed):
         unknown = set(frame[name]) - allowed[name]
         if unknown:
-            raise ValueError(f"unknown {name} {', '.join(map(str, unknown))} in {where}: choose {', '.join(sorted(allowed[name]))}")
+            raise ValueError(
+                f"unknown {name} {', '.join(map(str, unknown))} in {where}: choose {', '.join(sorted(allowed[name]))}"
+            )
     return frame
 
 
@@ -199,12 +331,15 @@ def _assembled(number, frame, levels, columns, paper, dataset, data_label, selec
     table = frame.set_index(_KEY[number])[columns].reindex(cells)
     table["paper"] = [paper.get(cell[1:], np.nan) for cell in cells]
     table = table.reset_index()
-    labels = {"table": number, "data": data_label, "dataset": dataset} | ({"selection": selection} if number > 1 else {})
+    labels = {"table": number, "data": data_label, "dataset": dataset} | (
+        {"selection": selection} if number > 1 else {}
+    )
     return table.assign(**labels)[[*labels, *table]]
 
 
 def caption(table: pd.DataFrame, interval: str) -> str:
-    """One paragraph under a table of `table1` to `table4`: what it shows, on which data and how many films, the intervals, the readings.
+    """One paragraph under a table of `table1` to `table4`: what it shows, on which data and how many films, the
+    intervals, the readings.
 
     `interval` names the method, e.g. 'percentile bootstrap over patients, 2000 replicates'.
     """
@@ -220,7 +355,11 @@ def caption(table: pd.DataFrame, interval: str) -> str:
     row = f"Li et al., Table {spec['roman']}, {table['dataset'].iloc[0]}"
     has_row = table["paper"].notna().any()
     what = " (accuracy)" if _number(table) == 2 else " (the change only)" if _number(table) == 4 else ""
-    parts.append(f"Paper: {row}{what}; other films and another classifier than ours." if has_row else f"{row}: not transcribed here.")
+    parts.append(
+        f"Paper: {row}{what}; other films and another classifier than ours."
+        if has_row
+        else f"{row}: not transcribed here."
+    )
     if _number(table) == 1:
         own = [CAMS.get(method, method) for method in table["method"].unique() if method not in _PRINTED]
         parts += [f"Without numbers in the paper: {', '.join(own)}."] if own else []
@@ -244,9 +383,13 @@ def _label(name: str, row: str) -> str:
 
 
 def _fewer(table: pd.DataFrame) -> tuple[pd.Series, dict[tuple[str, str], str]]:
-    """Which cells have fewer films than others of their class, and how many films the classes and methods of such cells have."""
+    """Which cells have fewer films than others of their class, and how many films the classes and methods of such cells
+    have."""
     n = table["n"].astype(float)  # an empty frame has columns of objects
-    fewer, methods = n < n.groupby(table["class"]).transform("max"), n.groupby([table["class"], table["method"]], sort=False)
+    fewer, methods = (
+        n < n.groupby(table["class"]).transform("max"),
+        n.groupby([table["class"], table["method"]], sort=False),
+    )
     return fewer, {key: range_text(films, "film", "films") for key, films in methods if fewer[films.index].any()}
 
 
@@ -262,12 +405,17 @@ def _lines(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
         if number in (1, 3):
             for coefficient, title in _COEFFICIENTS.items():
                 texts = [number_text(cell[coefficient], decimals) for cell in group]
-                texts = [f"**{text}**" if cell["chosen"] == coefficient and text != MISSING else text for cell, text in zip(group, texts)]
+                texts = [
+                    f"**{text}**" if cell["chosen"] == coefficient and text != MISSING else text
+                    for cell, text in zip(group, texts)
+                ]
                 lines.append((f"**{label}**, {title}" if coefficient == "pearson" else title, texts))
         else:
             lines.append((f"**{label}**", [number_text(cell["value"], decimals) for cell in group]))
         if _has_intervals(table):
-            lines.append(("95 % interval", [bounds_text(cell["ci_low"], cell["ci_high"], decimals, " to ") for cell in group]))
+            lines.append(
+                ("95 % interval", [bounds_text(cell["ci_low"], cell["ci_high"], decimals, " to ") for cell in group])
+            )
         if number == 2:
             lines.append(("number of features", [number_text(cell["n_features"], 0) for cell in group]))
         lines.append(("paper", [number_text(cell["paper"], decimals) for cell in group]))
@@ -279,24 +427,33 @@ def to_markdown(table: pd.DataFrame, *, interval: str) -> str:
     number = _number(table)
     groups, *names = zip(*_COLUMNS[number].values())
     head = [["Features" if number == 2 else "CAM", *groups], *(["", *level] for level in names)]
-    return markdown([*head, *([label, *cells] for label, cells in _lines(table))], f"**Table {_TABLES[number]['roman']}.** {caption(table, interval)}")
+    return markdown(
+        [*head, *([label, *cells] for label, cells in _lines(table))],
+        f"**Table {_TABLES[number]['roman']}.** {caption(table, interval)}",
+    )
 
 
 def to_latex(table: pd.DataFrame, *, interval: str) -> str:
-    """A frame of `table1` to `table4` as a LaTeX table over the text width (packages: booktabs); `interval` as in `caption`."""
+    """A frame of `table1` to `table4` as a LaTeX table over the text width (packages: booktabs); `interval` as in
+    `caption`."""
     number = _number(table)
     *groups, names = zip(*_COLUMNS[number].values())
     head = [*(["", *level] for level in groups), ["Features" if number == 2 else "CAM", *names]]
-    return latex(head, tex_body(_lines(table)), caption=caption(table, interval), label=f"li-{_TABLES[number]['label']}", gap=4)
+    return latex(
+        head, tex_body(_lines(table)), caption=caption(table, interval), label=f"li-{_TABLES[number]['label']}", gap=4
+    )
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
     """What a frame of `table1` to `table4` says, in words: Markdown sentences, every number taken from the frame."""
-    return {1: _scale_sentences, 2: _mask_sentences, 3: _selection_sentences, 4: _change_sentences}[_number(table)](table)
+    return {1: _scale_sentences, 2: _mask_sentences, 3: _selection_sentences, 4: _change_sentences}[_number(table)](
+        table
+    )
 
 
 def _raised(table: pd.DataFrame, value: str, column: str, before: str, after: str) -> tuple[int, int, float]:
-    """How many of how many classes and methods have more of `value` where `column` is `after` than where it is `before`; the mean rise."""
+    """How many of how many classes and methods have more of `value` where `column` is `after` than where it is
+    `before`; the mean rise."""
     wide = table.astype({value: float}).pivot(index=["class", "method"], columns=column, values=value)
     rise = (wide[after] - wide[before]).dropna()
     return int((rise > 0).sum()), len(rise), float(rise.mean()) if len(rise) else np.nan
@@ -307,38 +464,67 @@ def _of(count: int, total: int) -> str:
 
 
 def _rises(table: pd.DataFrame, column: str, before: str, after: str) -> list[str]:
-    """'Pearson's for 3 of 4 methods (+0.108 on average)', then Spearman's, then that of the paper's rule; empty if nothing can be compared."""
-    found = {name: _raised(table, coefficient, column, before, after)
-             for coefficient, name in (("pearson", "Pearson"), ("spearman", "Spearman"), ("value", "the paper's rule"))}
+    """'Pearson's for 3 of 4 methods (+0.108 on average)', then Spearman's, then that of the paper's rule; empty if
+    nothing can be compared."""
+    found = {
+        name: _raised(table, coefficient, column, before, after)
+        for coefficient, name in (("pearson", "Pearson"), ("spearman", "Spearman"), ("value", "the paper's rule"))
+    }
     noun = "methods" if table["class"].nunique() == 1 else "pairs of class and method"
-    return [f"{_of(count, total)} {noun} by {name} ({mean:+.3f} on average)" for name, (count, total, mean) in found.items() if total]
+    return [
+        f"{_of(count, total)} {noun} by {name} ({mean:+.3f} on average)"
+        for name, (count, total, mean) in found.items()
+        if total
+    ]
 
 
 def _scale_sentences(table: pd.DataFrame) -> list[str]:
     out, (fewer, few) = [], _fewer(table)
     if few:
         left_out = "; ".join(f"{_label(*key)} ({films})" for key, films in few.items())
-        out.append(f"The counts leave out what was measured on fewer than {range_text(table.loc[~fewer, 'n'], 'film', 'films')}: {left_out}.")
+        out.append(
+            "The counts leave out what was measured on fewer than "
+            f"{range_text(table.loc[~fewer, 'n'], 'film', 'films')}: {left_out}."
+        )
         table = table.assign(**{name: table[name].where(~fewer) for name in (*_COEFFICIENTS, "value")})
     for scale, name in (("common_raw", "raw sums"), ("common_tanh", "sums of scaled values")):
         rises = _rises(table, "scale", "individual", scale)
-        said = f"against individual ones: the correlation with the logit rises for {', '.join(rises)}" if rises else \
-            "cannot be compared: no method has both scales"
+        said = (
+            f"against individual ones: the correlation with the logit rises for {', '.join(rises)}"
+            if rises
+            else "cannot be compared: no method has both scales"
+        )
         out.append(f"The common scale ({name}) {said}.")
-    count, total, mean = _raised(table[table["class"] == table["class"].iloc[0]], "paper", "scale", "individual", "common_raw")
+    count, total, mean = _raised(
+        table[table["class"] == table["class"].iloc[0]], "paper", "scale", "individual", "common_raw"
+    )
     if total:
-        out.append(f"The paper's S- maps ({table['dataset'].iloc[0]}) raise it for {_of(count, total)} methods ({mean:+.3f} on average).")
+        out.append(
+            f"The paper's S- maps ({table['dataset'].iloc[0]}) raise it for {_of(count, total)} methods ({mean:+.3f} "
+            "on average)."
+        )
     raw = table[table["scale"] == "common_raw"]
-    exact = [CAMS.get(method, method) for method, rows in raw.groupby("method", sort=False) if (rows["pearson"] > 0.9995).all()]
+    exact = [
+        CAMS.get(method, method)
+        for method, rows in raw.groupby("method", sort=False)
+        if (rows["pearson"] > 0.9995).all()
+    ]
     if exact:
-        out.append(f"The raw sum of {', '.join(exact)} is the logit up to constants (Pearson above 0.9995): with a pooled linear head that is an "
-                   "identity, not evidence.")
+        out.append(
+            f"The raw sum of {', '.join(exact)} is the logit up to constants (Pearson above 0.9995): with a pooled "
+            "linear head that is an "
+            "identity, not evidence."
+        )
     return out + _rule_sentence(table)
 
 
 def _rule_sentence(table: pd.DataFrame) -> list[str]:
     chosen = table.loc[table["value"].notna(), "chosen"]
-    return [f"The paper's rule takes Spearman in {_of(int((chosen == 'spearman').sum()), len(chosen))} cells."] if len(chosen) else []
+    return (
+        [f"The paper's rule takes Spearman in {_of(int((chosen == 'spearman').sum()), len(chosen))} cells."]
+        if len(chosen)
+        else []
+    )
 
 
 def _mask_sentences(table: pd.DataFrame) -> list[str]:
@@ -350,19 +536,30 @@ def _mask_sentences(table: pd.DataFrame) -> list[str]:
             continue
         where = f"{class_name(name)}: " if name else ""
         low, high = rows["ci_low"], rows["ci_high"]
-        verdict = ("the principal features do better than all others together, as in the paper" if value["principal"] > value["non_principal"]
-                   else "the other features do at least as well as the principal ones, unlike in the paper")
+        verdict = (
+            "the principal features do better than all others together, as in the paper"
+            if value["principal"] > value["non_principal"]
+            else "the other features do at least as well as the principal ones, unlike in the paper"
+        )
         if low["principal"] <= high["non_principal"] and low["non_principal"] <= high["principal"]:  # never for NaN
             verdict = "the intervals overlap, so the two are not told apart"
         title = METRICS.get(metric, metric)
-        out.append(f"{where}With {count['principal']:.0f} principal features of {count['all']:.0f} the {title} is {value['principal']:.3f}, with all "
-                   f"{value['all']:.3f}, with the other {count['non_principal']:.0f} {value['non_principal']:.3f}: {verdict}.")
+        out.append(
+            f"{where}With {count['principal']:.0f} principal features of {count['all']:.0f} the {title} is "
+            f"{value['principal']:.3f}, with all "
+            f"{value['all']:.3f}, with the other {count['non_principal']:.0f} {value['non_principal']:.3f}: {verdict}."
+        )
     if not out:
-        out.append("The masks cannot be compared: the numbers of all, principal or non-principal features are not there.")
+        out.append(
+            "The masks cannot be compared: the numbers of all, principal or non-principal features are not there."
+        )
     paper = table.dropna(subset=["paper"]).drop_duplicates("features").set_index("features")["paper"]
     if len(paper):
-        out.append(f"The paper's accuracies ({table['dataset'].iloc[0]}): {paper['principal']:.3f} with the principal features, "
-                   f"{paper['all']:.3f} with all, {paper['non_principal']:.3f} with the others.")
+        out.append(
+            f"The paper's accuracies ({table['dataset'].iloc[0]}): {paper['principal']:.3f} with the principal "
+            "features, "
+            f"{paper['all']:.3f} with all, {paper['non_principal']:.3f} with the others."
+        )
     return out
 
 
@@ -371,14 +568,19 @@ def _selection_sentences(table: pd.DataFrame) -> list[str]:
     for scale, name in (("common_raw", "Raw sums"), ("common_tanh", "Sums of scaled values")):
         rises = _rises(table[table["scale"] == scale], "features", "all", "principal")
         if rises:
-            out.append(f"{name}: with the principal features only the correlation with the logit rises for {', '.join(rises)}.")
+            out.append(
+                f"{name}: with the principal features only the correlation with the logit rises for {', '.join(rises)}."
+            )
     if not out:
         out.append("The selection cannot be compared: no method has maps of all and of the principal features.")
     printed = table[(table["scale"] == "common_raw") & (table["class"] == table["class"].iloc[0])]
     count, total, mean = _raised(printed, "paper", "features", "all", "principal")
     if total:
-        out.append(f"The paper's FS-S- maps ({table['dataset'].iloc[0]}) have a higher one than its S- maps for {_of(count, total)} methods "
-                   f"({mean:+.3f} on average).")
+        out.append(
+            f"The paper's FS-S- maps ({table['dataset'].iloc[0]}) have a higher one than its S- maps for "
+            f"{_of(count, total)} methods "
+            f"({mean:+.3f} on average)."
+        )
     return out + _rule_sentence(table)
 
 
@@ -389,11 +591,16 @@ def _change_sentences(table: pd.DataFrame) -> list[str]:
         ours, paper = change["value"].dropna(), change.drop_duplicates("method")["paper"].dropna()
         name = _CHANGES[metric].removesuffix(" (%)").lower()
         if len(ours):
-            out.append(f"With the principal features only the {name} changes by {ours.mean():+.1f} % on average; it improves in "
-                       f"{_of(int((ours * better > 0).sum()), len(ours))} cells.")
+            out.append(
+                f"With the principal features only the {name} changes by {ours.mean():+.1f} % on average; it "
+                "improves in "
+                f"{_of(int((ours * better > 0).sum()), len(ours))} cells."
+            )
         else:
             out.append(f"The change of the {name} is not known: no method has both maps, or the original's is 0.")
         if len(paper):
-            out.append(f"The paper's ({change['dataset'].iloc[0]}): {paper.mean():+.1f} %, it improves in "
-                       f"{_of(int((paper * better > 0).sum()), len(paper))}.")
+            out.append(
+                f"The paper's ({change['dataset'].iloc[0]}): {paper.mean():+.1f} %, it improves in "
+                f"{_of(int((paper * better > 0).sum()), len(paper))}."
+            )
     return out

@@ -1,12 +1,25 @@
-"""Tables 1 and 2 of Nam & Lee in the paper's arrangement, ours beside theirs, and in words in how many cells the methods beat CAM.
+"""Tables 1 and 2 of Nam & Lee in the paper's arrangement, ours beside theirs, and in words in how many cells the
+methods beat CAM.
 
-Tidy frames in: `attribution.iou_means`, `iou_differences` and `share_means` make those of Table 2 and of the sentences. What is not there
-becomes a dash; models, classes and methods the paper does not have are appended after the paper's.
+Tidy frames in: `attribution.iou_means`, `iou_differences` and `share_means` make those of Table 2 and of the sentences.
+What is not there becomes a dash; models, classes and methods the paper does not have are appended after the paper's.
 """
+
 import numpy as np
 import pandas as pd
 
-from lib.tables.layout import PUBLISHED, bounds_text, check_frame, check_label, latex, markdown, number_text, of_cells, range_text, tex_row
+from lib.tables.layout import (
+    PUBLISHED,
+    bounds_text,
+    check_frame,
+    check_label,
+    latex,
+    markdown,
+    number_text,
+    of_cells,
+    range_text,
+    tex_row,
+)
 from lib.tables.names import MISSING, class_name, ordered
 
 METHODS = {"cam": "CAM", "lrp": "LRP", "rap": "RAP"}
@@ -18,13 +31,20 @@ DATASETS = {"rsna": "RSNA Pneumonia", "nih": "NIH ChestX-ray14"}
 _FILES = {1: "nam_lee_table1_auroc.csv", 2: "nam_lee_table2_iou.csv"}
 _CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
 _CELL = ["reading", "threshold", "method", "class"]
-_FILMS = ("What the paper calls 984 images are 984 boxes in 880 films; 606 of these films were in the training list of the checkpoint it explains "
-          "(86 in its validation list, 188 in its test list).")
-_UNSAID = "The paper does not say which IoU it prints; its values fit the mean of lesion and background and stand beside both readings."
+_FILMS = (
+    "What the paper calls 984 images are 984 boxes in 880 films; 606 of these films were in the training list of the "
+    "checkpoint it explains "
+    "(86 in its validation list, 188 in its test list)."
+)
+_UNSAID = (
+    "The paper does not say which IoU it prints; its values fit the mean of lesion and background and stand "
+    "beside both readings."
+)
 
 
 def read_published(number: int) -> pd.DataFrame:
-    """Table 1 (dataset, model, class, auroc) or 2 (threshold, method, class, mean_iou; methods by our ids) as Nam & Lee print it."""
+    """Table 1 (dataset, model, class, auroc) or 2 (threshold, method, class, mean_iou; methods by our ids) as Nam & Lee
+    print it."""
     table = pd.read_csv(PUBLISHED / _FILES[number])
     return table.assign(method=table["method"].str.lower()) if number == 2 else table
 
@@ -35,7 +55,8 @@ def table1(auroc: pd.DataFrame, *, data_label: str, dataset: str = "rsna") -> pd
     Parameters
     ----------
     auroc : DataFrame
-        model ('densenet121', 'resnet50', 'vgg16', 'chexnet', any other), class, value, ci_low, ci_high (NaN: none), n (films).
+        model ('densenet121', 'resnet50', 'vgg16', 'chexnet', any other), class, value, ci_low, ci_high (NaN: none), n
+        (films).
     data_label : str
         What the numbers were measured on.
     dataset : {'rsna', 'nih'}
@@ -44,7 +65,8 @@ def table1(auroc: pd.DataFrame, *, data_label: str, dataset: str = "rsna") -> pd
     Returns
     -------
     DataFrame
-        data, dataset, model, class, value, ci_low, ci_high, n, paper; the paper's models first, in its order, NaN where there is none.
+        data, dataset, model, class, value, ci_low, ci_high, n, paper; the paper's models first, in its order, NaN where
+        there is none.
 
     Raises
     ------
@@ -76,8 +98,9 @@ def table2(means: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        data, reading, threshold, method, class, value, ci_low, ci_high, n, n_skipped, floor (of an empty mask), paper: every cell in the
-        paper's order, NaN where there is no number of ours or of the paper. The paper's number stands beside both readings.
+        data, reading, threshold, method, class, value, ci_low, ci_high, n, n_skipped, floor (of an empty mask), paper:
+        every cell in the paper's order, NaN where there is no number of ours or of the paper. The paper's number stands
+        beside both readings.
 
     Raises
     ------
@@ -97,24 +120,38 @@ def table2(means: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
 
 
 def caption(table: pd.DataFrame, interval: str, reading: str = "mean_iou") -> str:
-    """One paragraph under a table of `table1` or `table2`; `interval` names the method, `reading` which half of Table 2 is meant."""
+    """One paragraph under a table of `table1` or `table2`; `interval` names the method, `reading` which half of Table 2
+    is meant."""
     label = f"Data: {table['data'].iloc[0]}."
     if _number(table) == 1:
         dataset = table["dataset"].iloc[0]
-        parts = [f"AUROC of each model. {label}", *_counted(table, "film", "films"),
-                 f"Under each its 95 % interval ({interval}), then the value of Nam & Lee, Table 1 ({DATASETS[dataset]})."]
+        parts = [
+            f"AUROC of each model. {label}",
+            *_counted(table, "film", "films"),
+            f"Under each its 95 % interval ({interval}), then the value of Nam & Lee, Table 1 ({DATASETS[dataset]}).",
+        ]
         if dataset == "rsna":
-            parts.append("Negatives are all films without the label, also those of another abnormality. CheXNet was trained on films of the NIH "
-                         "release, from which RSNA's are drawn.")
+            parts.append(
+                "Negatives are all films without the label, also those of another abnormality. CheXNet was trained "
+                "on films of the NIH "
+                "release, from which RSNA's are drawn."
+            )
     else:
         table = table[table["reading"] == reading]
-        title = {"mean_iou": "Mean IoU of the thresholded maps with the boxes, mean of lesion and background",
-                 "iou_lesion": "IoU of the thresholded maps with the boxes, lesion alone"}[reading]
+        title = {
+            "mean_iou": "Mean IoU of the thresholded maps with the boxes, mean of lesion and background",
+            "iou_lesion": "IoU of the thresholded maps with the boxes, lesion alone",
+        }[reading]
         floor = "(1 - box area) / 2" if reading == "mean_iou" else "0"
-        parts = [f"{title}, by threshold T, method and class. {label}",
-                 *_counted(table, "pair of film and class", "pairs of film and class", " a class"),
-                 f"Under each mean its 95 % interval ({interval}), then the value of Nam & Lee, Table 2 (CheXNet on NIH ChestX-ray14).",
-                 f"Empty mask: what a map that marks nothing gets, {floor}.", _UNSAID, _FILMS]
+        parts = [
+            f"{title}, by threshold T, method and class. {label}",
+            *_counted(table, "pair of film and class", "pairs of film and class", " a class"),
+            f"Under each mean its 95 % interval ({interval}), then the value of Nam & Lee, Table 2 (CheXNet on NIH "
+            "ChestX-ray14).",
+            f"Empty mask: what a map that marks nothing gets, {floor}.",
+            _UNSAID,
+            _FILMS,
+        ]
         skipped = table["n_skipped"].max()
         if skipped > 0:
             parts.insert(2, f"Up to {skipped:.0f} a cell are undefined and left out.")
@@ -124,7 +161,8 @@ def caption(table: pd.DataFrame, interval: str, reading: str = "mean_iou") -> st
 
 
 def to_markdown(table: pd.DataFrame, *, interval: str, reading: str = "mean_iou") -> str:
-    """A frame of `table1` or `table2` (one reading of it) as a Markdown table, its caption below; `interval` as in `caption`."""
+    """A frame of `table1` or `table2` (one reading of it) as a Markdown table, its caption below; `interval` as in
+    `caption`."""
     labels, columns, lines = _lines(table, reading)
     below = f"**Table {_number(table)}.** {caption(table, interval, reading)}"
     return markdown([labels + columns, *lines], below, n_labels=len(labels))
@@ -150,27 +188,56 @@ def verdicts(differences: pd.DataFrame, means: pd.DataFrame | None = None) -> pd
     differences : DataFrame
         Of `attribution.iou_differences` to 'cam': reading, class, method, threshold, difference, ci_low, ci_high.
     means : DataFrame, optional
-        Of `attribution.iou_means`, for the empty mask; under the mean of lesion and background alone, since the lesion's IoU of it is 0.
+        Of `attribution.iou_means`, for the empty mask; under the mean of lesion and background alone, since the
+        lesion's IoU of it is 0.
 
     Returns
     -------
     DataFrame
-        A row per opponent ('CAM', 'an empty mask'), reading and method: cells (with a difference), higher (the difference is positive),
-        intervals (cells with one), supported (the whole 95 % interval lies above zero), contradicted (below), paper_cells and paper_higher
-        (the same count in the paper's Table 2; 0 where its numbers do not tell).
+        A row per opponent ('CAM', 'an empty mask'), reading and method: cells (with a difference), higher (the
+        difference is positive), intervals (cells with one), supported (the whole 95 % interval lies above zero),
+        contradicted (below), paper_cells and paper_higher (the same count in the paper's Table 2; 0 where its numbers
+        do not tell).
     """
     printed = read_published(2).pivot(index=["threshold", "class"], columns="method", values="mean_iou")
     rows = []
     for (reading, method), cells in differences.groupby(["reading", "method"], sort=False):
         told = reading == "mean_iou" and method in printed  # its numbers fit that reading only
         paper = printed[method] - printed["cam"] if told else printed["cam"].iloc[:0]
-        rows.append({"against": "CAM", "reading": reading, "method": method, **_counts(cells["difference"], cells["ci_low"], cells["ci_high"]),
-                     "paper_cells": len(paper), "paper_higher": int((paper > 0).sum())})
+        rows.append(
+            {
+                "against": "CAM",
+                "reading": reading,
+                "method": method,
+                **_counts(cells["difference"], cells["ci_low"], cells["ci_high"]),
+                "paper_cells": len(paper),
+                "paper_higher": int((paper > 0).sum()),
+            }
+        )
     if means is not None:
         for method, cells in means[means["reading"] == "mean_iou"].groupby("method", sort=False):
-            rows.append({"against": "an empty mask", "reading": "mean_iou", "method": method, "paper_cells": 0, "paper_higher": 0,
-                         **_counts(cells["gain"], cells["gain_low"], cells["gain_high"])})
-    columns = ["against", "reading", "method", "cells", "higher", "intervals", "supported", "contradicted", "paper_cells", "paper_higher"]
+            rows.append(
+                {
+                    "against": "an empty mask",
+                    "reading": "mean_iou",
+                    "method": method,
+                    "paper_cells": 0,
+                    "paper_higher": 0,
+                    **_counts(cells["gain"], cells["gain_low"], cells["gain_high"]),
+                }
+            )
+    columns = [
+        "against",
+        "reading",
+        "method",
+        "cells",
+        "higher",
+        "intervals",
+        "supported",
+        "contradicted",
+        "paper_cells",
+        "paper_higher",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -182,25 +249,38 @@ def sentences(checked: pd.DataFrame) -> list[str]:
 def intention_sentences(means: pd.DataFrame, gaps: pd.DataFrame | None = None) -> list[str]:
     """Where the positive relevance lies, in words: a Markdown paragraph per model, method and kind of film.
 
-    `means` : of `attribution.share_means` by model, kind, method and region ('boxes', 'lungs', 'outside' or any other): value, ci_low,
-    ci_high, area, gain, gain_low, gain_high, n. `gaps` : of `attribution.box_gaps` by model, method and kind. For films with boxes the text says
-    whether the model looks where the lesions are: denser there than area gives and, where lungs are known, denser than in the lungs; for films
-    of the kind 'normal', whether it looks at lungs.
+    `means` : of `attribution.share_means` by model, kind, method and region ('boxes', 'lungs', 'outside' or any other):
+    value, ci_low, ci_high, area, gain, gain_low, gain_high, n. `gaps` : of `attribution.box_gaps` by model, method and
+    kind. For films with boxes the text says whether the model looks where the lesions are: denser there than area gives
+    and, where lungs are known, denser than in the lungs; for films of the kind 'normal', whether it looks at lungs.
     """
     out = []
     for (model, method, kind), rows in means.groupby(["model", "method", "kind"], sort=False):
         known = rows[(rows["n"] > 0) & (rows["area"] < 0.999)]  # a region that is the whole film says nothing
-        parts = [f"{100 * row.value:.1f} %{_between(row.ci_low, row.ci_high)} {REGIONS.get(row.region, f'in {row.region}')}, "
-                 f"{_against_area(row)} ({100 * row.area:.1f} %)" for row in known.itertuples()]
+        parts = [
+            f"{100 * row.value:.1f} %{_between(row.ci_low, row.ci_high)} "
+            f"{REGIONS.get(row.region, f'in {row.region}')}, "
+            f"{_against_area(row)} ({100 * row.area:.1f} %)"
+            for row in known.itertuples()
+        ]
         text = f"**{MODELS.get(model, model)}, {METHODS.get(method, method)}, {kind}**: "
-        text += f"over {range_text(known['n'], 'film', 'films')}, of the positive relevance {'; '.join(parts)}." if parts else \
-            "no positive relevance, or no region but the whole film to look at."
+        text += (
+            f"over {range_text(known['n'], 'film', 'films')}, of the positive relevance {'; '.join(parts)}."
+            if parts
+            else "no positive relevance, or no region but the whole film to look at."
+        )
         for row in known[known["region"] == "boxes"].itertuples():
             text += _verdict(_against_area(row), gaps, model, method, kind)
         for row in known[known["region"] == "lungs"].itertuples() if kind == "normal" else ():
-            text += {"more than area gives": " So the model judges normal films by their lungs, as the paper reads its pictures.",
-                     "less than area gives": " So the model judges normal films by something else than their lungs, not as the paper reads its pictures.",
-                     }.get(_against_area(row), " So it is not shown that the model judges normal films by their lungs.")
+            text += {
+                "more than area gives": (
+                    " So the model judges normal films by their lungs, as the paper reads its pictures."
+                ),
+                "less than area gives": (
+                    " So the model judges normal films by something else than their lungs, not "
+                    "as the paper reads its pictures."
+                ),
+            }.get(_against_area(row), " So it is not shown that the model judges normal films by their lungs.")
         out.append(text)
     return out
 
@@ -210,14 +290,30 @@ def _verdict(against: str, gaps: pd.DataFrame | None, model: str, method: str, k
         return " So the model looks elsewhere than at the lesions, not as intended."
     if against != "more than area gives":
         return " So it is not shown that the model looks where the lesions are."
-    gap = gaps[(gaps["model"] == model) & (gaps["method"] == method) & (gaps["kind"] == kind)] if gaps is not None and len(gaps) else []
+    gap = (
+        gaps[(gaps["model"] == model) & (gaps["method"] == method) & (gaps["kind"] == kind)]
+        if gaps is not None and len(gaps)
+        else []
+    )
     if not len(gap):
-        return " So the model looks where the lesions are, or at the lungs as a whole: without lung masks the two cannot be told apart."
+        return (
+            " So the model looks where the lesions are, or at the lungs as a whole: without lung masks the two "
+            "cannot be told apart."
+        )
     low, high = gap["gap_low"].iloc[0], gap["gap_high"].iloc[0]
     if low > 0:
-        return " It is denser there than in the lungs as a whole, so the model looks where the lesions are, as intended."
-    return (" It is less dense there than in the lungs as a whole: the model looks at lungs, not at lesions, not as intended." if high < 0 else
-            " But it is not told apart from the lungs as a whole: the model looks at lungs, and it is not shown that it looks at lesions.")
+        return (
+            " It is denser there than in the lungs as a whole, so the model looks where the lesions are, as intended."
+        )
+    return (
+        " It is less dense there than in the lungs as a whole: the model looks at lungs, not at lesions, not as "
+        "intended."
+        if high < 0
+        else (
+            " But it is not told apart from the lungs as a whole: the model looks at lungs, and it is not shown "
+            "that it looks at lesions."
+        )
+    )
 
 
 def _sentence(row) -> str:
@@ -227,16 +323,26 @@ def _sentence(row) -> str:
     text += f"higher in {of_cells(row.higher, row.cells)} of class and threshold"
     if row.intervals:
         of = "" if row.intervals == row.cells else f" (of {row.intervals} with one)"
-        text += (f"; the 95 % interval of the paired difference lies wholly above zero in {row.supported or 'none'}{of}, wholly below in "
-                 f"{row.contradicted or 'none'}.")
+        text += (
+            f"; the 95 % interval of the paired difference lies wholly above zero in {row.supported or 'none'}{of}, "
+            "wholly below in "
+            f"{row.contradicted or 'none'}."
+        )
     else:
         text += " (no intervals)."
-    return text + (f" In the paper's Table 2: {of_cells(row.paper_higher, row.paper_cells)}." if row.paper_cells else "")
+    return text + (
+        f" In the paper's Table 2: {of_cells(row.paper_higher, row.paper_cells)}." if row.paper_cells else ""
+    )
 
 
 def _counts(difference: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, int]:
-    return {"cells": int(difference.notna().sum()), "higher": int((difference > 0).sum()), "intervals": int((low.notna() & high.notna()).sum()),
-            "supported": int((low > 0).sum()), "contradicted": int((high < 0).sum())}
+    return {
+        "cells": int(difference.notna().sum()),
+        "higher": int((difference > 0).sum()),
+        "intervals": int((low.notna() & high.notna()).sum()),
+        "supported": int((low > 0).sum()),
+        "contradicted": int((high < 0).sum()),
+    }
 
 
 def _against_area(row) -> str:
@@ -244,7 +350,13 @@ def _against_area(row) -> str:
         return "on too few films to tell it from what area gives"
     if not (np.isfinite(row.gain_low) and np.isfinite(row.gain_high)):
         return "with no interval to tell it from what area gives"
-    return "more than area gives" if row.gain_low > 0 else "less than area gives" if row.gain_high < 0 else "not told apart from what area gives"
+    return (
+        "more than area gives"
+        if row.gain_low > 0
+        else "less than area gives"
+        if row.gain_high < 0
+        else "not told apart from what area gives"
+    )
 
 
 def _between(low: float, high: float) -> str:
@@ -252,12 +364,21 @@ def _between(low: float, high: float) -> str:
 
 
 def _lines(table: pd.DataFrame, reading: str) -> tuple[list[str], list[str], list[list[str]]]:
-    """Headings of the label columns, those of the others, and the printed lines: mean, interval and paper one below the other."""
+    """Headings of the label columns, those of the others, and the printed lines: mean, interval and paper one below the
+    other."""
     if _number(table) == 1:
         one_class = table["class"].nunique() == 1
-        columns = [MODELS.get(row.model, row.model) if one_class else f"{MODELS.get(row.model, row.model)} {class_name(row[4])}"
-                   for row in table.itertuples()]
-        return ["AUROC"], columns, [[name, *cells] for name, cells in zip(("ours", "95 % interval", "paper"), _triple(table))]
+        columns = [
+            MODELS.get(row.model, row.model)
+            if one_class
+            else f"{MODELS.get(row.model, row.model)} {class_name(row[4])}"
+            for row in table.itertuples()
+        ]
+        return (
+            ["AUROC"],
+            columns,
+            [[name, *cells] for name, cells in zip(("ours", "95 % interval", "paper"), _triple(table))],
+        )
     if reading not in READINGS:
         raise ValueError(f"reading = {reading!r}: one of {', '.join(READINGS)}")
     table, lines = table[table["reading"] == reading], []

@@ -1,11 +1,19 @@
 """The names that tables and figures print, and their order."""
+
 import pandas as pd
 
 TASKS = {"multilabel": "Multi-label", "binary": "Binary"}
 BACKBONES = {"tdensenet": "T-DenseNet", "resnet50": "ResNet50"}
 LOSSES = {"bce": "BCE", "wbce": "WBCE", "focal": "Focal", "cb_focal": "CB-Focal"}
-METRICS = {"auroc": "AUROC", "ap": "AP", "mean_probability": "Mean probability",
-           "iobb": "IoBB", "ior": "IoR", "disjoint": "Disjoint", "unique": "Unique"}
+METRICS = {
+    "auroc": "AUROC",
+    "ap": "AP",
+    "mean_probability": "Mean probability",
+    "iobb": "IoBB",
+    "ior": "IoR",
+    "disjoint": "Disjoint",
+    "unique": "Unique",
+}
 MISSING = "—"
 
 

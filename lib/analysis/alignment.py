@@ -1,0 +1,135 @@
+"""Do class activation maps lie on the boxes? Soft overlap of each pair, and the maps to look at, from a stream of
+outputs."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.analysis import cam
+from lib.analysis.inference import Output, is_pooled, layer_maps
+from lib.analysis.localization import soft_overlap
+
+
+def align(
+    outputs: Iterable[Output],
+    pairs: pd.DataFrame,
+    head: nn.Linear,
+    *,
+    layer: str,
+    image_size: int,
+    method: str = "cam",
+    rounding: str = "outward",
+    restrict: str | None = None,
+) -> pd.DataFrame:
+    """Soft IoBB and IoR of the class activation map of each pair: the map of the class that the box names, whatever was
+    predicted.
+
+    Parameters
+    ----------
+    outputs : iterable of Output
+        With the maps of `layer`, the one that the head pools.
+    pairs : DataFrame
+        Of `box_pairs`, or of `with_other_boxes`.
+    head : nn.Linear
+        The model's, behind the average pooling.
+    layer, method, rounding
+        See `cam.pair_maps` and `localization.pixel_boxes`.
+    image_size : int
+        Side of the films in pixels, the frame of the boxes.
+    restrict : {'predicted'}, optional
+        Only the pairs that the model predicts, logit above 0; the others have no row.
+
+    Returns
+    -------
+    DataFrame
+        image, patient, class, (box,) n_boxes, box_area, cam_mass, iobb, ior, iou, logit; a row per pair, in the order
+        of the outputs. With other boxes also iobb_other and ior_other. Last, what they depend on: layer, method,
+        rounding.
+
+    Raises
+    ------
+    ValueError
+        No pairs, or a layer that is not the one the head pools.
+    """
+    if not len(pairs):
+        raise ValueError(
+            "no annotated film: the release has no boxes of these classes on the chosen films (see "
+            "BBox_List_2017.csv and `annotated`)"
+        )
+    if restrict not in (None, "predicted"):
+        raise ValueError(f"restrict must be 'predicted' or None, got {restrict!r}")
+    by_row, parts = dict(list(pairs.groupby("row"))), []
+    columns = ["image", "patient", "class", *(["box"] if "box" in pairs else []), "n_boxes"]
+    for output in outputs:
+        found = [
+            (position, by_row[row]) for position, row in enumerate(np.asarray(output.rows).tolist()) if row in by_row
+        ]
+        if not found:
+            continue
+        chosen = pd.concat([part for _, part in found], ignore_index=True)
+        position = torch.tensor([position for position, part in found for _ in range(len(part))])
+        classes = torch.tensor(chosen["output"].to_numpy())
+        if restrict == "predicted":
+            kept = (output.logits.cpu()[position, classes] > 0).numpy()
+            chosen, position, classes = chosen[kept].reset_index(drop=True), position[kept], classes[kept]
+        raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, method)
+        maps = cam.normalise(raw).cpu()
+        overlap = soft_overlap(maps, list(chosen["boxes"]), image_size, rounding=rounding)
+        overlap["logit"] = output.logits.cpu()[position, classes].numpy()
+        if "other" in chosen:
+            other = soft_overlap(maps, list(chosen["other"]), image_size, rounding=rounding)
+            overlap["iobb_other"], overlap["ior_other"] = other["iobb"], other["ior"]
+        parts.append(pd.concat([chosen[columns], overlap], axis=1))
+    columns += ["box_area", "cam_mass", "iobb", "ior", "iou", "logit"]
+    columns += ["iobb_other", "ior_other"] if "other" in pairs else []
+    table = pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+    return table.assign(layer=layer, method=method, rounding=rounding)
+
+
+def pooled_maps(output: Output, layer: str, head: nn.Linear) -> torch.Tensor:
+    """The maps of `layer` in `output`, after the check that the `head` pools them."""
+    maps = layer_maps(output, layer)
+    if maps.shape[1] != head.in_features:
+        raise ValueError(
+            f"layer {layer} has {maps.shape[1]} channels and the head {head.in_features}: CAM reads the layer that "
+            "the head pools"
+        )
+    if not is_pooled(output, layer, head):
+        raise ValueError(f"layer {layer} is not the one that the head pools: its maps do not give the logits")
+    return maps
+
+
+def pair_cams(
+    outputs: Iterable[Output], pairs: pd.DataFrame, head: nn.Linear, *, layer: str, size: int, method: str = "cam"
+):
+    """Class activation maps to look at: those of `pairs`, in [0, 1], resized to the film, with the predicted
+    probabilities.
+
+    Parameters
+    ----------
+    outputs, head, layer, method
+        As in `align`.
+    pairs : DataFrame
+        With columns row and output.
+    size : int
+        Side of the maps that are returned.
+
+    Returns
+    -------
+    maps : ndarray, float32 (P, size, size)
+    probabilities : ndarray, float64 (P,)
+    """
+    maps, probabilities = np.zeros((len(pairs), size, size), np.float32), np.full(len(pairs), np.nan)
+    for output in outputs:
+        place = {row: position for position, row in enumerate(np.asarray(output.rows).tolist())}
+        here = [p for p, row in enumerate(pairs["row"]) if row in place]
+        if here:
+            position = torch.tensor([place[row] for row in pairs["row"].iloc[here]])
+            classes = torch.tensor(pairs["output"].to_numpy()[here])
+            raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, method)
+            maps[here] = cam.resize(cam.normalise(raw), size).clamp(0, 1).cpu().numpy()
+            probabilities[here] = torch.sigmoid(output.logits.cpu().double()[position, classes]).numpy()
+    return maps, probabilities

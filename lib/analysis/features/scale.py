@@ -1,0 +1,390 @@
+"""Class activations of a whole data set on one common scale (Li et al., sec. II-A, eq. 1 and 2).
+
+The distribution over all films (`ActivationDistribution`) gives two percentiles of each class, and these one scale for
+all films (`tanh_scale`,
+`s_cam`), on which maps can be compared and negative evidence stays visible.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from lib.analysis import cam
+from lib.analysis.cam import resize
+from lib.analysis.model_cams import Cams
+
+_LOW_BITS = 14  # of a float32's 32 bits, those that the first pass does not tell apart
+_BINS = 1 << (32 - _LOW_BITS)
+
+
+# --- distribution of class activations
+# ------------------------------------------------------------------------------------------------
+
+
+class Percentiles(NamedTuple):
+    """Of one or more classes: ``value`` and ``error``, float64 (K, C) for K percentiles; the true value lies within
+    value +- error."""
+
+    value: np.ndarray
+    error: np.ndarray
+
+
+class ActivationDistribution:
+    """Distribution of the class activations of each class over a set of films that is seen once, batch by batch (Li et
+    al., sec. II-A).
+
+    A histogram whose bins are the float32 numbers that agree in their upper 18 bits, so they grow with the value and no
+    outlier can widen them: memory is 2 MiB a class, and a percentile is known to half a bin, at most ``2**-10`` of its
+    own size. `second_pass` makes it exact. Counts are integers: the result does not depend on the order or the size of
+    the batches.
+
+    Parameters
+    ----------
+    classes : sequence of str
+        The selected classes.
+    size : int or (int, int), optional
+        The maps are first resampled bilinearly to films of this size, so every pixel of the film counts once (the
+        paper's order, eq. 1). Default: the maps at their own size.
+    """
+
+    def __init__(self, classes: Sequence[str], size: int | tuple[int, int] | None = None):
+        self.classes, self.size = list(classes), size
+        n = len(self.classes)
+        self.n_pixels = 0  # of each class
+        self.low, self.high = np.full(n, np.inf), np.full(n, -np.inf)
+        self._counts = np.zeros((n, _BINS), dtype=np.int64)
+        self._sums, self._squares = np.zeros(n), np.zeros(n)
+        self._extremes = []
+
+    def update(self, raw: Tensor) -> None:
+        """Take in the signed raw maps of some more films, float (B, C, h, w), read as float32.
+
+        Raises
+        ------
+        ValueError
+            Another number of classes, or NaN or infinite values.
+        """
+        raw = _raw_maps(raw, self.classes)
+        if not len(raw):
+            return
+        self._extremes.append(torch.stack(torch.aminmax(raw.flatten(2), dim=2)).cpu().numpy())  # (2, B, C)
+        for c in range(len(self.classes)):
+            values = _film_sized(raw[:, c], self.size)
+            low, high = (float(value) for value in torch.aminmax(values))
+            self.low[c], self.high[c] = min(self.low[c], low), max(self.high[c], high)
+            self._counts[c] += torch.bincount(_bins(_keys(values)), minlength=_BINS).cpu().numpy()
+            values = values.flatten().double()
+            self._sums[c] += float(values.sum())
+            self._squares[c] += float(values @ values)
+        self.n_pixels += values.numel()
+
+    def percentiles(self, percents: ArrayLike = (10, 90)) -> Percentiles:
+        """Percentiles (0..100) of each class, interpolated linearly between neighbouring values, as `numpy.percentile`
+        does."""
+        lower, upper, fraction = _ranks(percents, self.n_pixels)
+        cumulative = self._counts.cumsum(axis=1)
+        bounds = []
+        for ranks in (lower, upper):
+            bins = np.array([np.searchsorted(row, ranks, side="right") for row in cumulative]).T
+            bounds.append(np.clip(_edges(bins), self.low, self.high))  # (2, K, C)
+        low, high = bounds[0] + fraction[:, None] * (bounds[1] - bounds[0])
+        return Percentiles((low + high) / 2, (high - low) / 2)
+
+    def second_pass(self, percents: ArrayLike = (10, 90)) -> "ExactPercentiles":
+        """The stream that, fed with the same films again, gives these percentiles exactly."""
+        return ExactPercentiles(self, percents)
+
+    def image_extremes(self, low: float = 50, high: float = 90) -> np.ndarray:
+        """The other reading of P10 and P90 (A41): the median of the films' minima and the 90th percentile of their
+        maxima, at the maps' size.
+
+        Returns
+        -------
+        float64 (2, C)
+        """
+        minima, maxima = np.concatenate(self._extremes, axis=1).astype(np.float64)
+        return np.stack([np.percentile(minima, low, axis=0), np.percentile(maxima, high, axis=0)])
+
+    def histogram(self, edges: ArrayLike) -> np.ndarray:
+        """Pixels between ascending edges (K + 1), float64 (C, K); a bin holds its lower edge, the last one both.
+
+        Each fine bin is taken as uniform, so a count is wrong by at most what two fine bins hold.
+        """
+        edges = np.asarray(edges, dtype=np.float64)
+        below = np.append(np.nextafter(edges[:-1], -np.inf), edges[-1])
+        rows = []
+        for c, counts in enumerate(self._counts):
+            bins = np.flatnonzero(counts)
+            cumulative = counts[bins].cumsum()
+            points = np.clip(_edges(bins), self.low[c], self.high[c]).T.ravel()
+            rows.append(
+                np.diff(
+                    np.interp(below, points, np.stack([cumulative - counts[bins], cumulative], axis=1).ravel(), left=0)
+                )
+            )
+        return np.array(rows)
+
+    def summary(self) -> pd.DataFrame:
+        """A row a class: class, n_pixels, mean, sd, low, high."""
+        mean = self._sums / max(self.n_pixels, 1)
+        sd = np.sqrt(np.maximum(self._squares / max(self.n_pixels, 1) - mean**2, 0))
+        return pd.DataFrame(
+            {
+                "class": self.classes,
+                "n_pixels": self.n_pixels,
+                "mean": mean,
+                "sd": sd,
+                "low": self.low,
+                "high": self.high,
+            }
+        )
+
+
+class ExactPercentiles:
+    """Second pass over the same films: the lower bits of the values in the bins where the wanted ranks lie. See
+    `ActivationDistribution`."""
+
+    def __init__(self, first: ActivationDistribution, percents: ArrayLike):
+        self._first, self._ranks = first, _ranks(percents, first.n_pixels)
+        ranks = np.unique(np.concatenate(self._ranks[:2]))
+        self._cumulative = first._counts.cumsum(axis=1)
+        self._bins = [np.unique(np.searchsorted(row, ranks, side="right")) for row in self._cumulative]
+        self._counts = [np.zeros((len(bins), 1 << _LOW_BITS), dtype=np.int64) for bins in self._bins]
+
+    def update(self, raw: Tensor) -> None:
+        """As `ActivationDistribution.update`."""
+        raw = _raw_maps(raw, self._first.classes)
+        for c, (bins, counts) in enumerate(zip(self._bins, self._counts)):
+            keys = _keys(_film_sized(raw[:, c], self._first.size))
+            upper, lower = _bins(keys), keys & ((1 << _LOW_BITS) - 1)
+            for count, wanted in zip(counts, bins.tolist()):
+                count += torch.bincount(lower[upper == wanted], minlength=1 << _LOW_BITS).cpu().numpy()
+
+    def percentiles(self) -> Percentiles:
+        """Percentiles, exact for the float32 values; error 0.
+
+        Raises
+        ------
+        ValueError
+            The second pass saw other values than the first.
+        """
+        lower, upper, fraction = self._ranks
+        found = np.empty((2, len(lower), len(self._bins)))
+        for c, (bins, counts) in enumerate(zip(self._bins, self._counts)):
+            before = self._cumulative[c][bins] - self._first._counts[c][bins]
+            if (counts.sum(axis=1) != self._first._counts[c][bins]).any():
+                raise ValueError(
+                    f"class {self._first.classes[c]!r}: the second pass saw other class activations than the first; "
+                    "give it the same films, in evaluation mode and the same precision"
+                )
+            cumulative = counts.cumsum(axis=1)
+            for which, ranks in enumerate((lower, upper)):
+                for k, rank in enumerate(ranks):
+                    slot = int(np.searchsorted(bins, np.searchsorted(self._cumulative[c], rank, side="right")))
+                    low_bits = np.searchsorted(cumulative[slot], rank - before[slot], side="right")
+                    found[which, k, c] = _values((bins[slot] << _LOW_BITS) + low_bits)
+        value = found[0] + fraction[:, None] * (found[1] - found[0])
+        return Percentiles(value, np.zeros_like(value))
+
+
+def _raw_maps(raw: Tensor, classes: list[str]) -> Tensor:
+    if raw.ndim != 4 or raw.shape[1] != len(classes):
+        raise ValueError(
+            f"need raw maps (B, {len(classes)}, h, w), one for each of {', '.join(classes)}; got shape "
+            f"{tuple(raw.shape)}"
+        )
+    raw = raw.detach().to("cpu" if raw.device.type == "mps" else raw.device, torch.float32)  # MPS has no float64
+    if not torch.isfinite(raw).all():
+        film, c = torch.nonzero(~torch.isfinite(raw))[0, :2].tolist()
+        raise ValueError(f"class {classes[c]!r}: NaN or infinite class activation in film {film} of the batch")
+    return raw
+
+
+def _film_sized(maps: Tensor, size: int | tuple[int, int] | None) -> Tensor:
+    return maps if size is None else resize(maps, size)
+
+
+def _keys(values: Tensor) -> Tensor:
+    """The 32 bits of each float32 as an integer in the order of the values, int32, flat."""
+    bits = (values.flatten() + 0.0).view(torch.int32)  # -0 becomes 0
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+
+
+def _bins(keys: Tensor) -> Tensor:
+    return (keys >> _LOW_BITS).add_(_BINS // 2)
+
+
+def _values(keys: np.ndarray) -> np.ndarray:
+    """The float32 of each key, counted from 0, float64."""
+    bits = (np.asarray(keys, dtype=np.int64) - 2**31).astype(np.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
+
+
+def _edges(bins: np.ndarray) -> np.ndarray:
+    """Smallest and largest value of each bin, float64 (2, ...)."""
+    return _values(np.stack([bins << _LOW_BITS, (bins << _LOW_BITS) + (1 << _LOW_BITS) - 1]))
+
+
+def _ranks(percents: ArrayLike, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each percentile: the two neighbouring ranks (0-based) and how far it lies between them."""
+    percents = np.atleast_1d(np.asarray(percents, dtype=np.float64))
+    if not ((percents >= 0) & (percents <= 100)).all():
+        raise ValueError(f"percentiles must lie in 0..100, got {percents.tolist()}")
+    if n == 0:
+        raise ValueError("no class activation has been seen yet: call update with the raw maps of some films")
+    rank = (n - 1) * percents / 100
+    lower = np.floor(rank).astype(np.int64)
+    return lower, np.minimum(lower + 1, n - 1), rank - lower
+
+
+# --- common scale
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tanh_scale(
+    p10: ArrayLike, p90: ArrayLike, low: float = 0.1, high: float = 0.9, classes: Sequence[str] | None = None
+):
+    """Alpha and beta of eq. 1 with ``tanh(alpha P10 + beta) = low`` and ``tanh(alpha P90 + beta) = high``.
+
+    The printed beta has its signs the other way and would give -0.9 and -0.1 (A39).
+
+    Parameters
+    ----------
+    p10, p90 : float or float (C,)
+        Of the raw maps of all films; for selected features too (FS-S-CAM), those of the maps of ALL features.
+    low, high : float in (-1, 1)
+    classes : sequence of str, optional
+        Named in errors.
+
+    Returns
+    -------
+    alpha, beta : float64, shaped like `p10`
+
+    Raises
+    ------
+    ValueError
+        P10 is not below P90 for some class, or not finite.
+    """
+    if not -1 < low < high < 1:
+        raise ValueError(f"low and high must satisfy -1 < low < high < 1, got {low} and {high}")
+    return _line(p10, p90, np.arctanh(low), np.arctanh(high), classes)
+
+
+def linear_scale(
+    p10: ArrayLike, p90: ArrayLike, low: float = 0.0, high: float = 1.0, classes: Sequence[str] | None = None
+):
+    """Alpha and beta of the linear scale without clipping (A40): P10 goes to `low`, P90 to `high`. Otherwise as
+    `tanh_scale`."""
+    return _line(p10, p90, low, high, classes)
+
+
+def _line(p10, p90, low, high, classes):
+    p10, p90 = np.broadcast_arrays(np.asarray(p10, dtype=np.float64), np.asarray(p90, dtype=np.float64))
+    with np.errstate(all="ignore"):
+        alpha = (high - low) / (p90 - p10)
+        beta = (p90 * low - p10 * high) / (p90 - p10)
+    bad = np.flatnonzero(~((p10 < p90) & np.isfinite(alpha) & np.isfinite(beta)))
+    if len(bad):
+        names = [
+            f"class {classes[i] if classes is not None else i!s} ({p10.flat[i]:g} and {p90.flat[i]:g})" for i in bad
+        ]
+        raise ValueError(
+            f"no common scale: P10 of the class activations must lie below P90, but does not for {', '.join(names)}. "
+            "Leave these classes out, take percentiles further apart (1 and 99), or use image_extremes"
+        )
+    return alpha[()], beta[()]
+
+
+def scaled(raw: Tensor, alpha: ArrayLike, beta: ArrayLike, kind: str = "tanh") -> Tensor:
+    """Raw maps on the common scale: ``tanh(alpha raw + beta)`` ('tanh') or ``alpha raw + beta`` ('linear'). Signed, no
+    rectification.
+
+    Parameters
+    ----------
+    raw : float (..., h, w), or (..., C, h, w) for alpha and beta of C classes
+    alpha, beta : float or float (C,)
+    kind : {'tanh', 'linear'}
+
+    Returns
+    -------
+    float, shaped like `raw`; 'tanh' in [-1, 1].
+    """
+    if kind not in ("tanh", "linear"):
+        raise ValueError(f"unknown scale {kind!r}; choose tanh or linear")
+    alpha, beta = (
+        torch.as_tensor(value, dtype=raw.dtype, device=raw.device)[..., None, None] for value in (alpha, beta)
+    )
+    line = alpha * raw + beta
+    return line.tanh() if kind == "tanh" else line
+
+
+def s_cam(
+    raw: Tensor,
+    alpha: ArrayLike,
+    beta: ArrayLike,
+    size: int | tuple[int, int],
+    *,
+    order: str = "resize_first",
+    kind: str = "tanh",
+) -> Tensor:
+    """S-CAM (eq. 1): raw maps (..., C, h, w) on the common scale, at the size of the film.
+
+    ``order='scale_first'`` scales before it resamples (A42), which is not the same for tanh. The other parameters as
+    for `scaled`.
+    """
+    if order not in ("resize_first", "scale_first"):
+        raise ValueError(f"unknown order {order!r}; choose resize_first or scale_first")
+    if order == "resize_first":
+        return scaled(resize(raw, size), alpha, beta, kind)
+    return resize(scaled(raw, alpha, beta, kind), size)
+
+
+def common_scale(
+    distribution: ActivationDistribution, kind: str = "tanh", bounds: str = "pixels"
+) -> tuple[np.ndarray, np.ndarray]:
+    """alpha and beta of each class, float64 (C,) (eq. 2). `kind`: 'tanh' or 'linear'; `bounds`: 'pixels' or
+    'image_extremes' (A40, A41).
+
+    A class whose activations do not vary between the bounds has NaN in both.
+    """
+    if kind not in ("tanh", "linear") or bounds not in ("pixels", "image_extremes"):
+        raise ValueError(
+            f"no common scale {kind!r} with bounds {bounds!r}: choose tanh or linear, and pixels or image_extremes"
+        )
+    low, high = distribution.percentiles((10, 90)).value if bounds == "pixels" else distribution.image_extremes()
+    varies = high > low
+    scale = tanh_scale if kind == "tanh" else linear_scale
+    alpha, beta = (np.full(len(low), np.nan) for _ in range(2))
+    if varies.any():
+        names = [name for name, good in zip(distribution.classes, varies) if good]
+        alpha[varies], beta[varies] = scale(low[varies], high[varies], classes=names)
+    return alpha, beta
+
+
+def pictures(
+    cams: Mapping[str, Cams],
+    size: int,
+    scales: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    *,
+    selected: int = 0,
+    kind: str = "tanh",
+) -> dict[str, np.ndarray]:
+    """Maps of one class as they are drawn, by method, float (B, size, size).
+
+    `cams` : of `film_cams` for that class alone. `scales` : of `common_scale`; the maps are then in [-1, 1], where a
+    linear scale is cut off. None: each map on its own scale, [0, 1].
+    """
+    drawn = {}
+    for method, found in cams.items():
+        if scales is None:
+            maps = cam.resize(cam.normalise(found.maps), size)
+        else:
+            alpha, beta = (values[selected] for values in scales[method])
+            maps = s_cam(found.maps, alpha, beta, size, kind=kind).clamp(-1, 1)
+        drawn[method] = maps[:, 0].cpu().numpy()
+    return drawn

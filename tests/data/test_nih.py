@@ -1,0 +1,526 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.data.nih import read_names, read_release
+from lib.data.release import (
+    BOX_COLUMNS,
+    CLASSES,
+    FILM_COLUMNS,
+    FINDINGS,
+    ReleaseError,
+    film_boxes,
+    task_boxes,
+    task_targets,
+)
+
+ENTRY_2017 = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
+)
+ENTRY_2020 = ENTRY_2017.rstrip(",")
+BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+
+
+def entry(patient: int, visit: int, labels: str, age: str = "58") -> str:
+    return f"{patient:08d}_{visit:03d}.png,{labels},{visit},{patient},{age},M,PA,2682,2749,0.143,0.143"
+
+
+def image_of(line: str) -> str:
+    return line.split(",")[0]
+
+
+# Patients 1 to 8 are train_val (16 films), 9 and 10 test (4 films).
+LABELS = [
+    "Infiltration",
+    "No Finding",
+    "Effusion|Mass",
+    "No Finding",
+    "Mass",
+    "Effusion",
+    "No Finding",
+    "Infiltration|Effusion",
+    "Nodule",
+    "Mass",
+]
+ENTRIES = [entry(patient, visit, LABELS[(patient + visit) % 10]) for patient in range(1, 11) for visit in range(2)]
+TRAIN_VAL = [image_of(line) for line in ENTRIES[:16]]
+TEST = [image_of(line) for line in ENTRIES[16:]]
+BOXES = ["00000009_000.png,Mass,100.5,200,50,60.25", "00000010_000.png,Infiltrate,0,0,1024,1024"]
+
+
+def write(
+    root: Path,
+    entries=ENTRIES,
+    train_val=TRAIN_VAL,
+    test=TEST,
+    boxes=BOXES,
+    header=ENTRY_2020,
+    name="Data_Entry_2017.csv",
+    end="\n",
+    mark="",
+    films=None,
+) -> Path:
+    """A release of empty films; None leaves a file out."""
+    root.mkdir(exist_ok=True)
+
+    def put(file, lines):
+        (root / file).write_bytes((mark + "".join(line + end for line in lines)).encode())
+
+    put(name, [header, *entries])
+    for file, lines in (("train_val_list.txt", train_val), ("test_list.txt", test)):
+        if lines is not None:
+            put(file, lines)
+    if boxes is not None:
+        put("BBox_List_2017.csv", [BOX_HEADER, *boxes])
+    for i, film in enumerate(sorted({image_of(line) for line in entries}) if films is None else films):
+        folder = root / ("images" if films is None else f"images_{i % 3 + 1:03d}/images")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / film).touch()
+    return root
+
+
+def kinds(release) -> set[str]:
+    return set(release.problems["kind"]) - {"class without positives"}
+
+
+# ---- what is read
+
+
+def test_a_sound_release(tmp_path):
+    release = read_release(write(tmp_path / "r"))
+    films = release.films
+    assert list(films.columns) == list(FILM_COLUMNS)
+    assert list(release.boxes.columns) == list(BOX_COLUMNS)
+    assert list(films["image"]) == [image_of(line) for line in ENTRIES]
+    assert isinstance(films.index, pd.RangeIndex) and len(films) == 20
+    assert set(films["split"][:16]) == {"train", "val"} and set(films["split"][16:]) == {"test"}
+    assert films["age"].dtype == float and (films["age"] == 58).all()
+    assert films["follow_up"].tolist() == [0, 1] * 10
+    assert films["patient"][18] == "10" and films["sex"][0] == "M" and films["view"][0] == "PA"
+    assert all(os.path.isabs(path) and os.path.exists(path) for path in films["path"])
+    assert kinds(release) == {"label alias"}
+    assert release.boxes.iloc[0].tolist() == ["00000009_000.png", "Mass", 100.5, 200.0, 150.5, 260.25]
+    assert release.boxes.iloc[1].tolist() == ["00000010_000.png", "Infiltration", 0.0, 0.0, 1024.0, 1024.0]
+
+
+def test_classes_are_alphabetical():
+    assert (
+        list(CLASSES) == sorted(CLASSES) and len(CLASSES) == 15 and CLASSES[10] == "No Finding" and len(FINDINGS) == 14
+    )
+
+
+def test_targets_against_a_loop(tmp_path):
+    release = read_release(write(tmp_path / "r"))
+    assert release.targets.dtype == np.uint8
+    for labels, row in zip(release.films["labels"], release.targets, strict=True):
+        assert row.tolist() == [int(name in labels.split("|")) for name in CLASSES]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    ("header", "age"),
+    [
+        (ENTRY_2017, "058Y"),
+        (ENTRY_2020, "58"),
+        (ENTRY_2020.replace("Gender", "Sex"), "58.0"),
+        (f"{ENTRY_2020},", "058y"),
+    ],
+)
+def test_both_generations_line_ends_and_byte_order_marks(tmp_path, header, age, end, mark):
+    tail = "," if header.endswith(",") else ""
+    entries = [line.replace(",58,", f",{age},") + tail for line in ENTRIES]
+    release = read_release(
+        write(tmp_path / "r", entries=entries, header=header, end=end, mark=mark, name="Data_Entry_2017_v2020.csv")
+    )
+    assert (release.films["age"] == 58).all() and len(release.boxes) == 2 and (release.films["view"] == "PA").all()
+
+
+def test_ages_in_other_units_and_impossible_ones(tmp_path):
+    ages = ["006M", "010D", "414", "", "old", *["58"] * 15]
+    entries = [line.replace(",58,", f",{age},") for line, age in zip(ENTRIES, ages, strict=True)]
+    release = read_release(write(tmp_path / "r", entries=entries))
+    assert release.films["age"][0] == 0.5 and release.films["age"][1] == pytest.approx(10 / 365.25)
+    assert release.films["age"][2:5].isna().all()
+    assert (release.problems["kind"] == "age impossible").sum() == 3
+
+
+def test_numbered_folders(tmp_path):
+    release = read_release(write(tmp_path / "r", films=[image_of(line) for line in ENTRIES]))
+    assert {Path(path).parent.parent.name for path in release.films["path"]} == {
+        "images_001",
+        "images_002",
+        "images_003",
+    }
+
+
+def test_a_film_in_two_folders_is_taken_from_the_first(tmp_path):
+    root = write(tmp_path / "r")
+    (root / "images_001").mkdir()
+    (root / "images_001" / TRAIN_VAL[0]).touch()
+    release = read_release(root)
+    assert release.films["path"][0] == str(root / "images" / TRAIN_VAL[0])
+    assert "film found twice" in kinds(release)
+
+
+def test_no_box_list_is_noted(tmp_path):
+    release = read_release(write(tmp_path / "r", boxes=None))
+    assert (
+        len(release.boxes) == 0
+        and list(release.boxes.columns) == list(BOX_COLUMNS)
+        and release.boxes["x1"].dtype == float
+    )
+    assert "no boxes" in kinds(release)
+    assert len(film_boxes(release.boxes, 224)) == 0 and len(task_boxes(release.boxes, "binary")) == 0
+
+
+def test_the_box_list_is_found_whatever_its_case(tmp_path):
+    root = write(tmp_path / "r")
+    (root / "BBox_List_2017.csv").rename(root / "BBox_list_2017.csv")
+    assert len(read_release(root).boxes) == 2
+
+
+def test_nothing_is_opened_or_changed(tmp_path):
+    root = write(tmp_path / "r")
+    before = sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*"))
+    read_release(root)
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*"))
+
+
+# ---- validation split
+
+
+def random_release(root: Path, n_patients: int, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    prevalence = rng.dirichlet(np.full(15, 0.3))
+    entries = []
+    for patient in range(1, n_patients + 1):
+        for visit in range(1 + rng.geometric(0.4)):
+            labels = sorted(set(rng.choice(15, rng.integers(1, 4), p=prevalence).tolist()) - {10})
+            entries.append(entry(patient, visit, "|".join(CLASSES[i] for i in labels) or "No Finding"))
+    cut = next(i for i, line in enumerate(entries) if f",{n_patients - 1}," in line)
+    return write(root, entries, [image_of(e) for e in entries[:cut]], [image_of(e) for e in entries[cut:]], None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_validation_is_drawn_by_patient_and_keeps_every_class_on_both_sides(tmp_path, seed):
+    release = read_release(random_release(tmp_path / "r", 120, seed), validation_fraction=0.2, seed=seed)
+    films = release.films
+    assert (films.groupby("patient")["split"].nunique() == 1).all()
+    pool = films["split"] != "test"
+    share = (films["split"] == "val").sum() / pool.sum()
+    assert 0.15 <= share <= 0.25
+    for column in range(15):
+        having = films["patient"][pool & (release.targets[:, column] == 1)].nunique()
+        in_split = {split: release.targets[films["split"] == split, column].sum() for split in ("train", "val")}
+        if having >= 1:
+            assert in_split["train"] > 0
+        if having >= 4:  # with fewer, another class of the same patients may stand in the way
+            assert in_split["val"] > 0
+
+
+def test_validation_depends_on_the_seed_and_not_on_the_order_of_rows(tmp_path):
+    root = random_release(tmp_path / "r", 60, 0)
+    first, again, other = (read_release(root, seed=seed).films.set_index("image")["split"] for seed in (3, 3, 4))
+    assert first.equals(again) and not first.equals(other)
+    lines = (root / "Data_Entry_2017.csv").read_text().splitlines()
+    (root / "Data_Entry_2017.csv").write_text("\n".join([lines[0], *lines[:0:-1]]))
+    assert read_release(root, seed=3).films.set_index("image")["split"].loc[first.index].equals(first)
+
+
+def test_one_patient_cannot_be_divided(tmp_path):
+    root = write(tmp_path / "r", train_val=TRAIN_VAL[:2])
+    with pytest.raises(ReleaseError, match="val split is empty.*more than one patient"):
+        read_release(root)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan")])
+def test_validation_fraction_is_checked(tmp_path, fraction):
+    with pytest.raises(ValueError, match="validation_fraction"):
+        read_release(tmp_path, validation_fraction=fraction)
+
+
+# ---- what is missing
+
+
+def test_missing_films(tmp_path):
+    root = write(tmp_path / "r")
+    gone = [TRAIN_VAL[0], TRAIN_VAL[3], TEST[0]]
+    for name in gone:
+        (root / "images" / name).unlink()
+    with pytest.raises(ReleaseError, match=r"3 of 20 films.*00000001_000\.png.*on_missing='skip'"):
+        read_release(root)
+    release = read_release(root, on_missing="skip")
+    assert len(release.films) == 17 and not set(gone) & set(release.films["image"])
+    assert release.problems.query("kind == 'film missing'")["item"].tolist() == gone
+    assert (
+        release.problems.query("kind == 'box left out'")["item"].tolist() == ["00000009_000.png"]
+        and len(release.boxes) == 1
+    )
+
+
+def test_all_films_missing_leaves_no_split(tmp_path):
+    root = write(tmp_path / "r")
+    for film in (root / "images").iterdir():
+        film.unlink()
+    with pytest.raises(ReleaseError, match="split is empty"):
+        read_release(root, on_missing="skip")
+
+
+def test_a_listed_film_without_a_row(tmp_path):
+    root = write(tmp_path / "r", train_val=[*TRAIN_VAL, "00009999_000.png"])
+    with pytest.raises(ReleaseError, match="1 films.*no row.*00009999_000.png"):
+        read_release(root)
+    assert "listed film without a row" in kinds(read_release(root, on_missing="skip"))
+
+
+def test_a_film_in_no_list_is_left_out(tmp_path):
+    release = read_release(write(tmp_path / "r", train_val=TRAIN_VAL[1:]))
+    assert (
+        len(release.films) == 19
+        and release.problems.query("kind == 'film in no list'")["item"].tolist() == TRAIN_VAL[:1]
+    )
+
+
+@pytest.mark.parametrize("file", ["train_val_list.txt", "test_list.txt", "Data_Entry_2017.csv"])
+def test_missing_and_empty_files(tmp_path, file):
+    root = write(tmp_path / "r")
+    (root / file).write_text("")
+    with pytest.raises(ReleaseError, match=f"{file} (is empty|has no rows)"):
+        read_release(root)
+    (root / file).unlink()
+    with pytest.raises(ReleaseError, match="missing|holds no"):
+        read_release(root)
+
+
+def test_no_root_two_csvs_no_folder(tmp_path):
+    with pytest.raises(ReleaseError, match="is not a folder"):
+        read_release(tmp_path / "nowhere")
+    root = write(tmp_path / "r")
+    (root / "Data_Entry_2017_v2020.csv").write_text(ENTRY_2020)
+    with pytest.raises(ReleaseError, match="2 files.*keep exactly one"):
+        read_release(root)
+    (root / "Data_Entry_2017_v2020.csv").unlink()
+    (root / "images").rename(root / "films")
+    with pytest.raises(ReleaseError, match="no folder of films"):
+        read_release(root)
+
+
+# ---- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (entry(1, 0, "Effusion|Broken Rib"), r"row 2: unknown label 'Broken Rib' of 00000001_000\.png"),
+        (entry(1, 0, ""), "row 2: unknown label ''"),
+        (entry(1, 0, "No Finding|Mass"), "row 2.*'No Finding' and a finding at once"),
+        ("images/" + entry(1, 0, "Mass"), "row 2.*path in it; write the bare file name"),
+        ("..\\" + entry(1, 0, "Mass"), "row 2.*path in it"),
+        (entry(1, 0, "Mass").replace(".png", ".dcm"), "row 2.*not the name of a .png"),
+        (ENTRIES[4], "row 6: 00000003_000.png is there already, in row 2"),
+        ("00000001_000.png,Mass,0", "row 2 has 3 cells"),
+        (entry(1, 0, "Mass").replace(",0,1,", ",x,1,"), "row 2.*Follow-up # 'x'"),
+        (entry(1, 0, "Mass").replace(",0,1,", ",0,,"), "row 2.*no Patient ID"),
+    ],
+)
+def test_wrong_rows_of_data_entry(tmp_path, line, message):
+    root = write(tmp_path / "r", entries=[line, *ENTRIES[1:]], films=[image_of(e) for e in ENTRIES])
+    with pytest.raises(ReleaseError, match=message) as caught:
+        read_release(root)
+    assert "Data_Entry_2017.csv" in str(caught.value) and "Correct or remove" in str(caught.value)
+
+
+def test_several_wrong_rows_are_named_at_once(tmp_path):
+    entries = [line.replace("Mass", "Lump") for line in ENTRIES]
+    with pytest.raises(ReleaseError, match=r"row \d+.*; row \d+.*and \d more"):
+        read_release(write(tmp_path / "r", entries=entries))
+
+
+def test_missing_columns(tmp_path):
+    with pytest.raises(ReleaseError, match="lacks the columns Patient ID in its first line"):
+        read_release(write(tmp_path / "r", header=ENTRY_2020.replace("Patient ID", "Person")))
+    with pytest.raises(ReleaseError, match="not a readable csv in utf-8"):
+        root = write(tmp_path / "s")
+        (root / "Data_Entry_2017.csv").write_bytes(ENTRY_2020.encode("utf-16"))
+        read_release(root)
+
+
+def test_repaired_labels_are_noted(tmp_path):
+    entries = [entry(1, 0, "Infiltrate|Mass|Mass"), *ENTRIES[1:]]
+    release = read_release(write(tmp_path / "r", entries=entries))
+    assert release.films["labels"][0] == "Infiltration|Mass"
+    assert {"label alias", "label repeated"} <= kinds(release)
+
+
+def test_patients_on_both_sides(tmp_path):
+    root = write(tmp_path / "r", train_val=[*TRAIN_VAL, TEST[0]], test=TEST[1:])
+    with pytest.raises(ReleaseError, match=r"1 patients are on both sides.*patient 9.*00000009_000\.png"):
+        read_release(root)
+
+
+def test_a_zero_padded_patient_is_the_same_patient(tmp_path):
+    entries = [*ENTRIES[:16], ENTRIES[16].replace(",0,9,", ",0,00000001,"), *ENTRIES[17:]]
+    with pytest.raises(ReleaseError, match="1 patients are on both sides"):
+        read_release(write(tmp_path / "r", entries=entries))
+
+
+def test_lists(tmp_path):
+    with pytest.raises(ReleaseError, match="1 films are in train_val_list.txt and in test_list.txt"):
+        read_release(write(tmp_path / "a", test=[*TEST, TRAIN_VAL[0]]))
+    with pytest.raises(ReleaseError, match="train_val_list.txt: row 1.*path in it"):
+        read_release(write(tmp_path / "b", train_val=["images/" + name for name in TRAIN_VAL]))
+    assert "line repeated" in kinds(read_release(write(tmp_path / "c", test=[*TEST, "", TEST[0]])))
+
+
+def test_a_list_of_names_with_labels_behind_them(tmp_path):
+    path = tmp_path / "train_list.txt"
+    path.write_bytes(
+        "\ufeff00000001_000.png 0 1 0\r\n\r\n "
+        "images/00000002_001.png\t1\r\na-b.dcm,1,0\r\n00000001_000.png\r\n".encode()
+    )
+    assert read_names(str(path), ["a-b.dcm"]) == {"00000001_000.png", "00000002_001.png", "a-b.dcm"}
+    with pytest.raises(
+        ReleaseError,
+        match=(
+            "train_list.txt names no film of this release; it begins with '00000001_000.png', the release has 'b.png'"
+        ),
+    ):
+        read_names(path, ["c.png", "b.png"])
+    for content, message in (
+        (b"a.png 1\n,1\n", "train_list.txt: row 2 does not begin with a film name"),
+        (b" \n\n", "train_list.txt is empty"),
+        (b"a.png\n\xff\n", "train_list.txt is not a readable csv in utf-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ReleaseError, match=message):
+            read_names(path, ["a.png"])
+    with pytest.raises(ReleaseError, match="nowhere.txt is missing"):
+        read_names(tmp_path / "nowhere.txt", ["a.png"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("00000009_000.png,Lump,1,1,5,5", "row 2: unknown label 'Lump'"),
+        ("00000009_000.png,No Finding,1,1,5,5", "row 2: unknown label 'No Finding'"),
+        ("00009999_000.png,Mass,1,1,5,5", "row 2: 00009999_000.png is not in Data_Entry"),
+        ("images/00000009_000.png,Mass,1,1,5,5", "row 2.*path in it"),
+        ("00000009_000.png,Mass,1,1,0,5", "row 2.*no area"),
+        ("00000009_000.png,Mass,1,1,5,-5", "row 2.*no area"),
+        ("00000009_000.png,Mass,nan,1,5,5", "row 2.*no area"),
+        ("00000009_000.png,Mass,1024,1,5,5", "row 2.*outside its film"),
+        ("00000009_000.png,Mass,-5,1,5,5", "row 2.*outside its film"),
+        ("00000009_000.png,Mass,1,1,5,", "row 2 is not a film, a label and four numbers"),
+        ("00000009_000.png,Mass", "row 2 is not a film, a label and four numbers"),
+    ],
+)
+def test_wrong_boxes(tmp_path, line, message):
+    with pytest.raises(ReleaseError, match=message) as caught:
+        read_release(write(tmp_path / "r", boxes=[line]))
+    assert "BBox_List_2017.csv" in str(caught.value)
+
+
+def test_boxes_that_are_repaired(tmp_path):
+    boxes = [
+        "00000009_000.png,Mass,1000,-10,100,30,,,",
+        "00000009_000.png,Mass,5,5,9,9",
+        "00000009_000.png,Mass,5,5,9,9",
+        "00009999_000.png,Mass,5,5,9,9",
+    ]
+    release = read_release(write(tmp_path / "r", boxes=boxes), on_missing="skip")
+    assert release.boxes[["x1", "y1", "x2", "y2"]].to_numpy().tolist() == [[1000, 0, 1024, 20], [5, 5, 14, 14]]
+    assert {"box clipped", "box repeated", "box left out"} <= kinds(release)
+
+
+def test_a_box_without_its_label_is_noted(tmp_path):
+    assert "box without its label" in kinds(
+        read_release(write(tmp_path / "r", boxes=["00000010_000.png,Hernia,1,1,5,5"]))
+    )
+
+
+def test_a_box_list_that_is_none(tmp_path):
+    root = write(tmp_path / "r")
+    (root / "BBox_List_2017.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ReleaseError, match="must begin with"):
+        read_release(root)
+    (root / "BBox_List_2017.csv").write_text("")
+    with pytest.raises(ReleaseError, match="is empty"):
+        read_release(root)
+    (root / "BBox_List_2017.csv").write_text(BOX_HEADER)
+    assert len(read_release(root).boxes) == 0
+
+
+def test_classes_without_positives_are_noted(tmp_path):
+    release = read_release(write(tmp_path / "r"))
+    notes = release.problems.query("kind == 'class without positives'")
+    for split in ("train", "val", "test"):
+        absent = {
+            name
+            for name, n in zip(CLASSES, release.targets[release.films["split"] == split].sum(0), strict=True)
+            if n == 0
+        }
+        assert set(notes["item"][notes["detail"].str.contains(split)]) == absent
+
+
+# ---- pure functions
+
+
+def test_without(tmp_path):
+    release = read_release(write(tmp_path / "r"))
+    smaller = release.without([TEST[0]], "truncated")
+    assert len(smaller.films) == 19 and smaller.films.index.tolist() == list(range(19)) and len(smaller.boxes) == 1
+    assert smaller.problems.iloc[-1].tolist() == ["film left out", TEST[0], "truncated"]
+    assert len(release.films) == 20 and len(smaller.targets) == 19
+    with pytest.raises(ReleaseError, match="test split is empty"):
+        release.without(TEST)
+
+
+def test_tasks():
+    targets = np.eye(15, dtype=np.uint8)
+    full, names = task_targets(targets, "multilabel")
+    assert (full == targets).all() and names == list(CLASSES)
+    fourteen, names = task_targets(targets, "multilabel", no_finding=False)
+    assert names == list(FINDINGS) and fourteen.shape == (15, 14) and (fourteen.sum(1) == (np.arange(15) != 10)).all()
+    binary, names = task_targets(targets, "binary")
+    assert (
+        names == ["Unhealthy"]
+        and binary.shape == (15, 1)
+        and binary.dtype == np.uint8
+        and (binary[:, 0] == (np.arange(15) != 10)).all()
+    )
+    with pytest.raises(ValueError, match="task is 'ternary'"):
+        task_targets(targets, "ternary")
+    with pytest.raises(ValueError, match="task is"):
+        task_boxes(pd.DataFrame(), "ternary")
+
+
+def test_boxes_of_tasks_and_film_sizes(tmp_path):
+    boxes = read_release(write(tmp_path / "r")).boxes
+    assert task_boxes(boxes, "multilabel").equals(boxes)
+    assert set(task_boxes(boxes, "binary")["class"]) == {"Unhealthy"} and boxes["class"].tolist() == [
+        "Mass",
+        "Infiltration",
+    ]
+    assert film_boxes(boxes, 1024).equals(boxes)
+    scaled = film_boxes(boxes, 224)
+    assert scaled.iloc[1][["x1", "y1", "x2", "y2"]].tolist() == [0, 0, 224, 224]
+    assert scaled["x1"][0] == pytest.approx(100.5 * 224 / 1024) and boxes["x1"][0] == 100.5
+
+
+# ---- the real sample
+
+
+@pytest.mark.skipif("NIH_SAMPLE" not in os.environ, reason="set NIH_SAMPLE to the folder of the real NIH sample")
+def test_the_real_sample():
+    release = read_release(os.environ["NIH_SAMPLE"])
+    assert len(release.films) == 529 and release.films["patient"].nunique() == 402
+    assert (release.films["split"] == "test").sum() == 251
+    assert release.boxes["image"].nunique() == 452
+    assert kinds(release) == {"label alias"}
+    corners = release.boxes[["x1", "y1", "x2", "y2"]].to_numpy()
+    assert corners.min() >= 0 and corners.max() <= 1024

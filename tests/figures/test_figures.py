@@ -1,0 +1,248 @@
+import io
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from lib import figures
+from lib.figures import style
+from lib.tables import BACKBONES, LOSSES
+
+LABEL = "Simulated phantom films, not patients"
+CLASSES = ["Cardiomegaly", "No Finding", "Pleural_Thickening"]
+RNG = np.random.default_rng(0)
+FILMS = RNG.integers(0, 256, (3, 32, 32), dtype=np.uint8)
+BOXES = [[(2, 3, 10, 12)], [], [(0, 0, 32, 32), (5, 20, 30, 31)]]
+
+
+def drawn(figure: Figure) -> set[str]:
+    """Draw the figure; return every text in it. Type below 7 points, text cut at the edge or a figure without the data
+    label fails."""
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    assert min(text.get_fontsize() for text in texts) >= 7
+    assert figure.get_figwidth() <= style.WIDTH
+    ticks = {
+        label for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for label in axis.get_ticklabels(which="both")
+    }
+    for text in texts:
+        if text not in ticks:
+            box, page = text.get_window_extent(), figure.bbox
+            inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1
+            assert inside or not (text.axes is None or text.axes.get_visible()), (
+                f"{text.get_text()} is cut: {box} on {page}"
+            )
+    found = {text.get_text() for text in texts}
+    assert LABEL in found
+    return found
+
+
+def performance_frame(metrics: tuple[str, ...]) -> pd.DataFrame:
+    rows = [
+        (task, backbone, loss, name, metric, 0.5, 0.4, 0.6, 0.1)
+        for task, names in (("multilabel", [*CLASSES, "Average"]), ("binary", ["Unhealthy", "Average"]))
+        for backbone in BACKBONES
+        for loss in LOSSES
+        for name in names
+        for metric in metrics
+    ]
+    return pd.DataFrame(
+        rows, columns=["task", "backbone", "loss", "class", "metric", "value", "ci_low", "ci_high", "prevalence"]
+    )
+
+
+def prediction_frame(losses: tuple[str, ...] = ()) -> pd.DataFrame:
+    parts = []
+    for name in CLASSES:
+        target = RNG.integers(0, 2, 60) if name != "No Finding" else np.zeros(60, int)
+        for loss in losses or [None]:
+            part = pd.DataFrame({"class": name, "target": target, "logit": target + RNG.normal(size=60)})
+            parts.append(part if loss is None else part.assign(loss=loss))
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf"])
+def test_saves(kind):
+    file = io.BytesIO()
+    figures.film_grid(FILMS, BOXES, CLASSES, data_label=LABEL).savefig(file, format=kind)
+    assert file.tell() > 1000
+
+
+def test_no_pyplot_state():
+    import matplotlib.pyplot as plt
+
+    before = matplotlib.rcParams["font.size"]
+    figures.training_curves(pd.DataFrame({"epoch": [1], "train_loss": [1.0], "val_auroc": [0.5]}), data_label=LABEL)
+    assert plt.get_fignums() == [] and matplotlib.rcParams["font.size"] == before
+
+
+def test_every_loss_has_one_style_of_its_own():
+    styles = figures.loss_styles([*LOSSES, "mine", "yours"])
+    assert (
+        len({style["color"] for style in styles.values()}) == len({style["marker"] for style in styles.values()}) == 6
+    )
+    assert figures.loss_styles(["focal"])["focal"] == styles["focal"]
+
+
+def test_cam_grid_titles_scale_and_missing_run():
+    cams = RNG.random((3, 4, 8, 8))
+    probabilities = np.full((3, 4), 0.875)
+    cams[1, 2], probabilities[1, 2] = np.nan, np.nan
+    figure = figures.cam_grid(FILMS, cams, BOXES, CLASSES, probabilities, data_label=LABEL)
+    found = drawn(figure)
+    assert {"Cardiomegaly p=0.88", "Pleural Thickening\np=0.88", "no run", "Film and boxes", *LOSSES.values()} <= found
+    maps = [image for ax in figure.axes[:15] for image in ax.images if image.get_cmap().name == "heat"]
+    assert len(maps) == 11 and {image.get_clim() for image in maps} == {(0, 1)}
+    assert len(figure.axes) == 16  # 3 x 5 panels and one colour bar
+    drawn(
+        figures.cam_grid(
+            FILMS[:1], cams[:1, :1], BOXES[:1], ["Mass"], probabilities[:1, :1], losses=["focal"], data_label=LABEL
+        )
+    )
+    box = figure.axes[0].patches[0]
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (2, 3, 8, 9)
+
+
+def test_cam_grid_refuses_what_does_not_match():
+    with pytest.raises(ValueError, match="3 films x 4 losses"):
+        figures.cam_grid(FILMS, np.zeros((3, 4, 8, 8)), BOXES[:2], CLASSES, np.zeros((3, 4)), data_label=LABEL)
+
+
+@pytest.mark.parametrize(
+    ("function", "metrics"),
+    [(figures.performance, ("auroc", "ap", "mean_probability")), (figures.class_alignment, ("iobb", "ior"))],
+)
+@pytest.mark.parametrize(
+    "keep", ["loss != 'none'", "backbone == 'resnet50' and loss != 'bce'", "task == 'binary'", "loss == 'none'"]
+)
+def test_dot_panels_with_and_without_all_runs(function, metrics, keep):
+    results = performance_frame(metrics).query(keep)
+    results.loc[results.index[:3], ["value", "ci_low", "ci_high"]] = np.nan
+    figure = function(results, data_label=LABEL)
+    found = drawn(figure)
+    assert len(figure.axes) == len(metrics) * max(results["backbone"].nunique(), 1)
+    assert ("Unhealthy (binary)" in found) == (len(results) > 0)
+    assert ("Pleural Thickening" in found) == (results["task"] == "multilabel").any()
+
+
+def test_dot_panels_put_values_and_intervals_where_they_belong():
+    results = performance_frame(("iobb", "ior")).query("backbone == 'resnet50'")
+    one = (results["class"] == "Unhealthy") & (results["metric"] == "iobb") & (results["loss"] == "focal")
+    results.loc[one, ["value", "ci_low", "ci_high"]] = (0.9, 0.8, 0.95)
+    axes = figures.class_alignment(results, data_label=LABEL).axes[0]
+    focal = next(line for line in axes.lines if line.get_label() == "Focal")
+    place = dict(zip((text.get_text() for text in axes.get_yticklabels()), axes.get_yticks()))
+    x, y = focal.get_xdata()[-1], focal.get_ydata()[-1]
+    assert x == 0.9 and abs(y - place["Unhealthy (binary)"]) < 0.5
+    assert list(place)[-2:] == ["Average", "Unhealthy (binary)"]
+
+
+def test_release_figures():
+    targets = RNG.integers(0, 2, (40, 3))
+    targets[:, 2] = 0
+    split = np.repeat(["train", "test"], 20)
+    found = drawn(figures.prevalence(targets, CLASSES, split=split, data_label=LABEL))
+    assert {"0", "none", "train (20)", "test (20)", f"{targets[:, 0].sum()}"} <= found
+    drawn(figures.prevalence(np.zeros((4, 3), np.uint8), CLASSES, data_label=LABEL))
+    found = drawn(figures.cooccurrence(targets, CLASSES, data_label=LABEL))
+    assert f"{100 * (targets[:, 0] & targets[:, 1]).sum() / targets[:, 0].sum():.0f}" in found and "–" in found
+    films = pd.DataFrame(
+        {"age": [50.0, 412.0, np.nan, 20.0], "sex": ["M", "F", "M", "F"], "view": ["PA", "PA", "PA", "AP"]}
+    )
+    assert "PA: 3 films (2 with an age outside 0 to 100)" in drawn(figures.ages(films, data_label=LABEL))
+    found = drawn(
+        figures.film_grid(
+            FILMS, BOXES, CLASSES, box_names=[["Mass"], [], ["Nodule", "Mass"]], columns=2, data_label=LABEL
+        )
+    )
+    assert {"Mass", "Nodule", "Pleural Thickening"} <= found
+
+
+@pytest.mark.parametrize("losses", [(), tuple(LOSSES)])
+def test_prediction_figures(losses):
+    predictions = prediction_frame(losses)
+    for figure in (
+        figures.class_curves(predictions, "roc", data_label=LABEL),
+        figures.class_curves(predictions, "pr", data_label=LABEL),
+        figures.reliability(predictions, data_label=LABEL),
+    ):
+        found = drawn(figure)
+        assert set(LOSSES.values()) & found == {LOSSES[loss] for loss in losses}
+        assert ("one label only" in found) == (figure.axes[0].get_ylabel() != "Share positive")
+    drawn(figures.class_curves(predictions[predictions["class"] == "Cardiomegaly"], "pr", data_label=LABEL))
+    with pytest.raises(ValueError, match="'roc' or 'pr'"):
+        figures.class_curves(predictions, "det", data_label=LABEL)
+
+
+def test_curves_end_where_they_should_and_print_the_value():
+    predictions = pd.DataFrame({"class": "Mass", "target": [0, 0, 1, 1], "logit": [-1.0, 0.5, 0.0, 2.0]})
+    figure = figures.class_curves(predictions, "roc", data_label=LABEL)
+    curve = figure.axes[0].lines[1]
+    assert (curve.get_xdata()[0], curve.get_ydata()[0], curve.get_xdata()[-1], curve.get_ydata()[-1]) == (0, 0, 1, 1)
+    assert "0.75" in drawn(figure)
+    assert "0.83" in drawn(figures.class_curves(predictions, "pr", data_label=LABEL))
+
+
+def test_reliability_bins():
+    predictions = pd.DataFrame({"class": "Mass", "target": [0, 0, 1, 1], "logit": [-700.0, -700.0, 0.0, 700.0]})
+    line = figures.reliability(predictions, bins=2, data_label=LABEL).axes[0].lines[0]
+    assert np.allclose(line.get_xdata(), [0, 0.75]) and np.allclose(line.get_ydata(), [0, 1])
+
+
+def test_training_curves():
+    one = pd.DataFrame({"epoch": [1, 2], "train_loss": [1.0, 0.5], "val_loss": [1.1, 0.7], "val_auroc": [0.5, np.nan]})
+    assert {"training", "validation", "  weights kept  "} <= drawn(
+        figures.training_curves(one, kept_epoch=2, data_label=LABEL)
+    )
+    many = pd.concat([one.assign(loss=loss) for loss in LOSSES])
+    assert set(LOSSES.values()) <= drawn(figures.training_curves(many, data_label=LABEL))
+
+
+def test_loss_weights():
+    positive, negative = pd.Series({"Mass": 0.9, "Nodule": 0.6}), pd.Series({"Mass": 0.1, "Nodule": 0.4})
+    figure = figures.loss_weights(positive, negative, 2.0, data_label=LABEL)
+    assert {"Mass", "Nodule", "BCE"} <= drawn(figure)
+    line = next(line for line in figure.axes[1].lines if line.get_label() == "Mass")
+    p = line.get_xdata()[-1]
+    assert np.isclose(line.get_ydata()[-1], -0.1 * p**2 * np.log(1 - p))
+    drawn(figures.loss_weights(positive * 0 + 1, positive * 0 + 1, 0.0, data_label=LABEL))
+
+
+def test_alignment_and_concepts():
+    alignment = pd.DataFrame(
+        {
+            "class": ["Mass"] * 4 + ["Nodule"],
+            "iobb": [0.1, 0.2, 0.3, 0.4, np.nan],
+            "box_area": 0.1,
+            "ior": [0.5, np.nan, 0.2, 0.1, np.nan],
+            "cam_mass": 0.2,
+        }
+    )
+    found = drawn(figures.alignment_distributions(alignment, data_label=LABEL))
+    assert {"Mass (4)", "Nodule (1)", "mean", "mean expected by chance"} <= found
+    concepts = pd.DataFrame({"disjoint": [3, 5, 10], "unique": [1, 2, 2]})
+    assert {"mean 6.0", "mean 1.7"} <= drawn(figures.concept_distributions(concepts, data_label=LABEL))
+    assert "Focal, mean 6.0" in drawn(figures.concept_distributions(concepts.assign(loss="focal"), data_label=LABEL))
+    drawn(figures.concept_distributions(concepts * 0, data_label=LABEL))
+
+
+def test_channel_panel():
+    films = np.stack([FILMS, FILMS])
+    maps = RNG.random((2, 3, 32, 32))
+    found = drawn(
+        figures.channel_panel(
+            films, maps, np.array([0.9, 2.0]), [BOXES, BOXES], ["channel 1", "channel 2"], data_label=LABEL
+        )
+    )
+    assert {"channel 1", "channel 2", "annotated box"} <= found
+    with pytest.raises(ValueError, match="resize the maps"):
+        figures.channel_panel(films, maps[..., :8, :8], np.zeros(2), [BOXES, BOXES], ["a", "b"], data_label=LABEL)
+
+
+def test_a_figure_without_a_data_label_is_refused():
+    with pytest.raises(ValueError, match="data_label"):
+        figures.film_grid(FILMS, BOXES, CLASSES, data_label="")
