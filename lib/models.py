@@ -41,21 +41,9 @@ LAYERS = {
     "small_transformer": ("trunk.maps", "trunk.maps", 0.04),
 }
 # The order of the public CheXNet checkpoint's outputs, which is not alphabetical.
-CHEXNET_CLASSES = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pneumonia",
-    "Pneumothorax",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Fibrosis",
-    "Pleural_Thickening",
-    "Hernia",
+CHEXNET_CLASSES = tuple(
+    "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation Edema Emphysema "
+    "Fibrosis Pleural_Thickening Hernia".split()
 )
 
 
@@ -94,9 +82,8 @@ def build_model(backbone, n_outputs, init="scratch", seed=0):
         ImageNet weights that cannot be downloaded, or a file that does not fit; the message says what to do.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            seed
-        )  # the CPU's alone: torch.manual_seed would reseed GPUs too, which fork_rng([]) does not put back
+        # The CPU's alone: torch.manual_seed would reseed GPUs too, which fork_rng([]) does not put back.
+        torch.default_generator.manual_seed(seed)
         trunk, n_features = _trunk(backbone, pretrained=init == "imagenet")
         model = Classifier(trunk, n_features, n_outputs)
     if init not in ("scratch", "imagenet"):
@@ -104,7 +91,21 @@ def build_model(backbone, n_outputs, init="scratch", seed=0):
     return model
 
 
+def check_backbone(backbone: str) -> None:
+    """ValueError where there is no such backbone; it names near ones."""
+    if backbone not in LAYERS:
+        import timm
+
+        if not timm.is_model(backbone):
+            near = difflib.get_close_matches(backbone, dict.fromkeys([*LAYERS, *timm.list_models()]), n=5)
+            raise ValueError(
+                f"backbone {backbone!r} is neither one of {sorted(LAYERS)} nor a timm model"
+                + (f"; near it: {', '.join(near)}" if near else "")
+            )
+
+
 def _trunk(backbone, pretrained):
+    check_backbone(backbone)
     try:
         if backbone == "resnet50":
             from torchvision.models import ResNet50_Weights, resnet50
@@ -134,26 +135,18 @@ def _trunk(backbone, pretrained):
 
         import timm
 
-        if not timm.is_model(backbone):
-            near = difflib.get_close_matches(backbone, [*LAYERS, *timm.list_models()], n=5)
-            raise ValueError(
-                f"backbone {backbone!r} is neither one of {sorted(LAYERS)} nor a timm model"
-                + (f"; near it: {', '.join(near)}" if near else "")
-            )
         network = timm.create_model(backbone, pretrained=pretrained, num_classes=0, global_pool="")
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise RuntimeError(
             f"the ImageNet weights of {backbone} could not be downloaded ({error}). Either download them elsewhere "
-            "and set init to that "
-            "local file (.pth or .safetensors), or set init: scratch to train from random weights"
+            "and set init to that local file (.pth or .safetensors), or set init: scratch to train from random weights"
         ) from error
     with torch.no_grad():
         maps = network.eval()(torch.zeros(1, 3, 224, 224))
-    if (
-        maps.ndim != 4 or getattr(network, "output_fmt", "NCHW") != "NCHW"
-    ):  # windowed transformers put the channels last
+    # Windowed transformers put the channels last.
+    if maps.ndim != 4 or getattr(network, "output_fmt", "NCHW") != "NCHW":
         raise ValueError(
             f"backbone {backbone!r} gives features of shape {tuple(maps.shape)}, not maps (1, F, h, w): choose a "
             "convolutional model"

@@ -1,36 +1,32 @@
 """What a study and a run are: validated parameters, and the paths that follow from them.
 
-Parameters are flat `key: value` pairs, as papermill merges them. `params/studies/<study>.yaml` holds what all runs of a
-study share,
-`params/runs/<run>.yaml` what makes one run. A notebook's parameters cell lists every key with the default that runs the
-demo.
-`python -m lib.params cell run` prints that cell, `python -m lib.params check <study>` validates a study and all its
-runs.
+Parameters are flat `key: value` pairs, as papermill merges them. A study's are of four kinds, in four small classes:
+`Data`, `Training`, `Loss` and `Analysis`; `params/studies/<study>.yaml` sets those that differ from the defaults below,
+which are the demo's. `params/runs/<run>.yaml` says what makes one run. `python -m lib.params STUDY` validates a study
+and all its runs.
 """
 
-import ast
 import difflib
 import itertools
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lib.analysis.cam import METHODS as CAM_METHODS
+from lib.data import RELEASES, TASKS
 from lib.losses import LOSSES, SCALES
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("multilabel", "binary", "pneumonia", "digits")
-BACKBONES = ("tdensenet", "resnet50")
-RELEASES = ("phantom", "nih", "phantom_rsna", "rsna", "digits")
-CAM_METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer")
 # The paper's runs. A loss or backbone of your own gets a file in params/runs and a place in the `runs` of a study.
 GRID = tuple(
-    f"{task}-{backbone}-{loss}"
-    for task, backbone, loss in itertools.product(TASKS[:2], BACKBONES, ("bce", "wbce", "focal", "cb_focal"))
+    "-".join(names)
+    for names in itertools.product(
+        ("multilabel", "binary"), ("tdensenet", "resnet50"), ("bce", "wbce", "focal", "cb_focal")
+    )
 )
 
 
@@ -38,45 +34,37 @@ class ParameterError(ValueError):
     """A parameter that is misspelt, missing or out of range; the message names the key, its file and the way out."""
 
 
-class Study(BaseModel):
-    """Parameters that all runs of a study share. Field descriptions are the documentation of each key."""
-
+class _Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
-    study: str = Field("demo", pattern=r"^[A-Za-z0-9_]+$", description="name: results go to outputs/<study>/")
-    runs: list[str] = Field(list(GRID), min_length=1, description="the runs of the study, each a file of params/runs")
-    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
-        [0], min_length=1, description="every run is trained once per seed"
-    )
-    comparison: bool = Field(True, description="whether notebooks 02 to 05 compare the runs, as Khakzar et al. do")
-    attribution: list[str] = Field([], description="runs that 06 explains by relevance")
-    features: list[str] = Field([], description="runs whose features 07 analyses")
-    companions: list[str] = Field([], description="other studies that are made along with this one")
-    # data
-    release: Literal[RELEASES] = Field(
-        "phantom", description="phantom or phantom_rsna (simulated, made on the spot), nih, rsna, digits"
-    )
-    data_root: str = Field("", description="folder of the release; empty: the phantom's own folder in outputs")
+
+# Keys of Data and Training that say where films lie or what computes, and change no weight, see `IDENTITY`.
+FREE = {"json_schema_extra": {"free": True}}
+
+
+class Data(_Keys):
+    """Which films, and what the models see of them."""
+
+    release: Literal[tuple(RELEASES)] = Field("phantom", description=", ".join(RELEASES))
+    data_root: str = Field("", description="folder of the release; empty: the study's own, for what it makes", **FREE)
     skip_bad_films: bool = Field(
-        False, description="go on without films that are missing or unreadable (they are listed)"
+        False, description="go on without missing or unreadable films (they are listed)", **FREE
     )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train_val films held out, by patient")
     phantom_films: int = Field(1000, ge=60, description="films of the simulated release")
     phantom_size: int = Field(224, ge=64, le=1024, description="their side, pixels")
     phantom_seed: int = Field(0, ge=0, description="which patients are simulated")
-    phantom_floor: float = Field(
-        0.035, ge=0, le=0.1, description="share of films every finding is lifted to, while a fifth stay normal"
-    )
-    phantom_marker: str = Field(
-        "", description="a finding whose films carry a burnt-in marker: a planted confounder; empty: none"
-    )
+    phantom_floor: float = Field(0.035, ge=0, le=0.1, description="share of films every finding is lifted to")
+    phantom_marker: str = Field("", description="a finding whose films carry a burnt-in marker, a planted confounder")
     image_size: int = Field(66, ge=32, le=1024, description="side of the films that the models see, pixels")
     no_finding_output: bool = Field(True, description="multilabel: 15 outputs with 'No Finding'; False: 14")
-    # training
+
+
+class Training(_Keys):
+    """How the weights come about, whatever the loss."""
+
     init: str = Field(
-        "phantom",
-        min_length=1,
-        description="imagenet, phantom (other simulated films first), scratch, or a weights file",
+        None, min_length=1, description="imagenet, phantom (other simulated films first), scratch, or a weights file"
     )
     epochs: int = Field(1, ge=1, description="passes over the training films")
     batch_size: int = Field(16, ge=2, description="films per step, all devices together")
@@ -85,78 +73,94 @@ class Study(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up of the learning rate, steps")
     final_learning_rate: float = Field(0.0, ge=0, le=1, description="end of the cosine, as a share of learning_rate")
     gradient_clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: not clipped")
-    jitter: float = Field(
-        0.1, ge=0, lt=1, description="colour jitter: brightness and contrast vary by up to this share"
-    )
+    jitter: float = Field(0.1, ge=0, lt=1, description="brightness and contrast vary by up to this share")
     flip: bool = Field(True, description="training films are mirrored at random")
-    augmentation: Literal["paper", "imba"] = Field(
-        "paper", description="crop, flip and jitter, or the authors' code: also transpose, turn, holes"
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware is faster with it"
-    )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps")
+    augmentation: Literal["paper", "imba"] = Field("paper", description="crop, flip and jitter, or the authors' code")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is faster")
     gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) of one run; above 1 it runs under torchrun")
-    checkpoint: Literal["best", "last"] = Field(
-        "best", description="what is analysed: best validation AUROC, or the last epoch"
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps", **FREE
     )
-    # losses (Khakzar et al., eq. 2)
+
+
+class Loss(_Keys):
+    """Constants of the losses (Khakzar et al., eq. 2)."""
+
     alpha: float = Field(0.25, ge=0, le=1, description="Focal: weight of the positives")
     gamma: float = Field(2.0, ge=0, description="Focal, CB-Focal: focusing exponent")
     beta: float = Field(0.9999, ge=0, lt=1, description="CB-Focal: base of the effective number of films")
     wbce_scheme: Literal["paper", "pos_weight"] = Field("paper", description="WBCE: N-/N, N+/N, or N-/N+, 1")
     wbce_counts: Literal["train", "batch"] = Field(
-        "train", description="WBCE: classes counted over the training set, or in each batch"
+        "train", description="WBCE: classes counted over all films or a batch"
     )
     cb_scale: Literal[SCALES] = Field("global", description="CB-Focal: scale of the printed weights")
     loss_factor: float = Field(1.0, gt=0, description="constant in front of the loss")
-    # analysis
+
+
+class Analysis(_Keys):
+    """How a trained run is looked at."""
+
+    checkpoint: Literal["best", "last"] = Field("best", description="best validation AUROC, or the last epoch")
     n_replicates: int = Field(300, ge=0, description="bootstrap replicates over patients; 0: no intervals")
     annotated: Literal["test", "all"] = Field("test", description="which films with boxes are analysed")
-    cam_method: Literal[CAM_METHODS] = Field("cam", description=", ".join(CAM_METHODS))
+    cam_method: Literal[tuple(CAM_METHODS)] = Field("cam", description=", ".join(CAM_METHODS))
     cam_layer: str = Field(
-        "",
-        description="module whose maps CAM reads (03, 05, 06: the one that the head pools); empty: the backbone's own",
+        "", description="module whose maps CAM reads; empty: the backbone's own, which the head pools"
     )
     token_grid: list[Annotated[int, Field(ge=1)]] = Field(
         [], max_length=2, description="rows and columns of a transformer's tokens in cam_layer"
     )
     dissection_layer: str = Field("", description="module whose maps are dissected; empty: the backbone's own")
-    dissection_quantile: float = Field(0.0, ge=0, lt=1, description="q of P(A >= tau) = q; 0: the backbone's own")
+    dissection_quantile: float = Field(
+        0.0, ge=0, lt=1, description="q, the share of positions above a threshold; 0: the backbone's own"
+    )
     concept_reading: Literal["paper", "imba"] = Field(
-        "paper", description="concepts as the paper says, or as the authors' code counts them"
+        "paper", description="concepts as in the paper or the authors' code"
     )
     concept_resolution: Literal["image", "native"] = Field(
-        "image", description="components counted on upsampled or native maps"
+        "image", description="components on upsampled or native maps"
     )
     connectivity: Literal[4, 8] = Field(8, description="neighbours of a pixel in a component")
     box_rounding: Literal["outward", "trunc"] = Field("outward", description="box corners to whole pixels")
-
     # attribution (Nam & Lee)
     chexnet: str = Field("", description="CheXNet checkpoint that 06 explains instead of the run; empty: the run")
-    chexnet_train_list: str = Field(
-        "", description="list of the films that checkpoint was trained on, to report the others apart"
-    )
-    chexnet_val_list: str = Field("", description="list of the films that checkpoint was chosen on")
+    chexnet_train_list: str = Field("", description="films that checkpoint was trained on, to report the others apart")
+    chexnet_val_list: str = Field("", description="films that checkpoint was chosen on")
     relevance_init: Literal["one", "logit"] = Field("one", description="relevance starts from 1, or from the logit")
     relevance_batchnorm: Literal["identity", "merge"] = Field(
-        "identity", description="BatchNorm passes relevance on, or joins its convolution"
+        "identity", description="BatchNorm passes on, or is merged"
     )
     rap_negative: Literal["paper", "authors_conv"] = Field(
-        "paper", description="negative relevance in RAP: equation 5, or the authors' code"
+        "paper", description="negative relevance in RAP: eq. 5, or code"
     )
     # integrated feature analysis (Li et al.)
-    feature_class: str = Field(
-        "", description="class whose maps 07 shows; empty: the marker's, else Pneumonia, Unhealthy or 7"
-    )
-    perturbation_films: int = Field(
-        0, ge=0, description="films on which 07 also tries Score, SS, IS and Smooth Grad++, which are slow"
-    )
+    feature_class: str = Field("", description="class whose maps 07 shows; empty: the marker's, else the task's own")
+    perturbation_films: int = Field(0, ge=0, description="films for Score, SS, IS and Smooth Grad++, which are slow")
     principal_share: float = Field(0.05, gt=0, le=1, description="share of the features that count as principal")
     activation_scale: Literal["tanh", "linear"] = Field("tanh", description="function of the common scale")
     activation_bounds: Literal["pixels", "image_extremes"] = Field(
-        "pixels", description="P10 and P90 of all pixels, or of the films' extremes"
+        "pixels", description="what P10 and P90 are taken of"
     )
+
+
+class Study(Analysis, Loss, Training, Data):
+    """Parameters that all runs of a study share. Field descriptions are the documentation of each key."""
+
+    study: str = Field("demo", pattern=r"^[A-Za-z0-9_]+$", description="name: results go to outputs/<study>/")
+    runs: list[str] = Field(list(GRID), min_length=1, description="the runs of the study, each a file of params/runs")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+        [0], min_length=1, description="every run is trained once per seed"
+    )
+    comparison: bool = Field(True, description="whether 02 to 05 compare the runs, as Khakzar et al. do")
+    attribution: list[str] = Field([], description="runs that 06 explains by relevance")
+    features: list[str] = Field([], description="runs whose features 07 analyses")
+    companions: list[str] = Field([], description="other studies that are made along with this one")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _init_follows_the_release(cls, values):
+        source = RELEASES.get(values.get("release", "phantom"))
+        return {**values, "init": source.init} if values.get("init") is None and source else values
 
     @field_validator("runs", "attribution", "features")
     @classmethod
@@ -164,7 +168,7 @@ class Study(BaseModel):
         for name in runs:
             if not (ROOT / "params" / "runs" / f"{name}.yaml").is_file():
                 known = sorted(path.stem for path in (ROOT / "params" / "runs").glob("*.yaml"))
-                raise ValueError(f"no file params/runs/{name}.yaml{_nearest(name, known)}")
+                raise ValueError(f"no file params/runs/{name}.yaml{nearest(name, known)}")
         return runs
 
     @field_validator("runs", "seeds", "attribution", "features", "companions")
@@ -175,77 +179,25 @@ class Study(BaseModel):
         return values
 
     @model_validator(mode="after")
-    def _batches_divide(self):
+    def _keys_go_together(self):
+        lists = RELEASES[self.release].lists
         if self.batch_size % self.gpus or self.batch_size < 2 * self.gpus:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of gpus ({self.gpus}), with at least 2 films for each"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _release_has_a_root(self):
-        holds = {"nih": "Data_Entry_2017*.csv", "rsna": "stage_2_train_labels.csv"}.get(self.release)
-        if holds and not self.data_root:
+        if lists and not self.data_root:
             raise ValueError(
-                f"data_root is empty: name the folder that holds {holds} (-p data_root ..., or make ... DATA_ROOT=...)"
+                f"data_root is empty: name the folder that holds {lists[0]} (-p data_root ..., or make ... "
+                "DATA_ROOT=...)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _augmentation_mirrors(self):
         if self.augmentation == "imba" and not self.flip:
             raise ValueError(
                 "augmentation: imba transposes and turns films, so flip: false cannot be kept; use augmentation: paper"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _lenses_look_at_runs(self):
         for key in ("attribution", "features"):
-            foreign = [name for name in getattr(self, key) if name not in self.runs]
-            if foreign:
+            if foreign := [name for name in getattr(self, key) if name not in self.runs]:
                 raise ValueError(f"{key} names {foreign[0]}, which is none of the study's runs")
         return self
-
-    @classmethod
-    def from_notebook(cls, namespace):
-        """Build from a notebook's globals, right after its parameters cell.
-
-        Every plain variable defined so far counts as a parameter, so that a misspelt key, which papermill only warns
-        of, is an error.
-
-        Parameters
-        ----------
-        namespace : dict
-            The notebook's `globals()`.
-
-        Raises
-        ------
-        ParameterError
-            Unknown key (the nearest right one is named), value out of range, or a kernel in which the notebook has run
-            before.
-        """
-        shell = {"In", "Out", "exit", "quit", "get_ipython"}
-        values = {
-            key: value
-            for key, value in namespace.items()
-            if not key.startswith("_")
-            and key not in shell
-            and not callable(value)
-            and not isinstance(value, ModuleType)
-        }
-        results = [
-            key
-            for key, value in values.items()
-            if not isinstance(value, (str, int, float, list, tuple, dict, type(None)))
-        ]
-        if results:
-            raise ParameterError(
-                f"{', '.join(results[:3])}: no plain values, so this kernel has run the notebook before and "
-                "parameters cannot be told "
-                "from results. Restart the kernel and run all cells"
-            )
-        return cls.build(values)
 
     @classmethod
     def build(cls, values, source="the parameters"):
@@ -257,12 +209,11 @@ class Study(BaseModel):
             for item in error.errors():
                 key = ".".join(map(str, item["loc"]))
                 if item["type"] == "extra_forbidden":
-                    lines.append(f"{key}: no such parameter{_nearest(key, cls.model_fields)}")
+                    lines.append(f"{key}: no such parameter{nearest(key, cls.model_fields)}")
                 else:
-                    lines.append(
-                        f"{key}: {item['msg'].removeprefix('Value error, ')}"
-                        + (f" (got {item['input']!r})" if item["loc"] else "")
-                    )
+                    said = item["msg"].removeprefix("Value error, ")
+                    near = nearest(item["input"], _choices(cls, key)) if item["type"] == "literal_error" else ""
+                    lines.append(f"{key}: {said}{near}" + (f" (got {item['input']!r})" if item["loc"] else ""))
             raise ParameterError(f"{source}: " + "; ".join(line.removeprefix(": ") for line in lines)) from None
 
     @property
@@ -272,13 +223,12 @@ class Study(BaseModel):
 
     @property
     def release_folder(self) -> Path:
-        """Where the release lies; for the phantom without a data_root, a folder of the study's own."""
+        """Where the release lies; for what the study makes itself without a data_root, a folder of its own."""
         return (ROOT / self.data_root).resolve() if self.data_root else self.folder / "release"
 
     @property
     def chexnet_files(self) -> dict[str, Path]:
-        """The files named by `chexnet`, `chexnet_train_list` and `chexnet_val_list`, by these names; those that are
-        empty are not among them."""
+        """The files that `chexnet`, `chexnet_train_list` and `chexnet_val_list` name, by these names; no empty ones."""
         named = {key: getattr(self, key) for key in ("chexnet", "chexnet_train_list", "chexnet_val_list")}
         return {key: (ROOT / path).resolve() for key, path in named.items() if path}
 
@@ -295,18 +245,22 @@ class Study(BaseModel):
     @property
     def data_label(self) -> str:
         """What every table and figure says its numbers were measured on."""
-        labels = {
-            "phantom": "Simulated phantom films, not patients",
-            "phantom_rsna": "Simulated phantom films in RSNA's layout, not patients",
-            "nih": f"NIH ChestX-ray14 films, study {self.study}",
-            "rsna": f"RSNA pneumonia films, study {self.study}",
-            "digits": "Handwritten digits of scikit-learn, 8 x 8 pixels",
-        }
-        return labels[self.release]
+        return RELEASES[self.release].label.format(study=self.study)
 
-    def run(self, name, seed) -> "Run":
-        """The `Run` of this study that params/runs/<name>.yaml describes."""
+    @property
+    def every_run(self) -> list["Run"]:
+        """All runs of the study, each with every seed."""
+        return [self.run(name, seed) for name in self.runs for seed in self.seeds]
+
+    @property
+    def pneumonia_runs(self) -> list["Run"]:
+        """Those that 08 asks where they look."""
+        return [run for run in self.every_run if run.task == "pneumonia"]
+
+    def run(self, name, seed=None) -> "Run":
+        """The `Run` of this study that params/runs/<name>.yaml describes; by default with the study's first seed."""
         path = ROOT / "params" / "runs" / f"{name}.yaml"
+        seed = self.seeds[0] if seed is None else seed
         return Run.build(
             {**self.model_dump(), **load(path), "seed": seed}, f"params/runs/{name}.yaml on study {self.study}"
         )
@@ -321,8 +275,14 @@ class Run(Study):
     backbone: str = Field(
         "tdensenet", min_length=1, description="tdensenet, resnet50, densenet121, vgg16, or any timm name"
     )
-    loss: Literal[LOSSES] = Field("focal", description="bce, wbce, focal, cb_focal")
+    loss: Literal[tuple(LOSSES)] = Field("focal", description=", ".join(LOSSES))
     seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, order and augmentation")
+
+    @model_validator(mode="after")
+    def _task_suits_release(self):
+        if self.task not in RELEASES[self.release].tasks:
+            raise ValueError(f"task {self.task} does not go with release {self.release}")
+        return self
 
     @property
     def name(self) -> str:
@@ -335,20 +295,22 @@ class Run(Study):
         return self.folder / self.name / f"seed{self.seed}"
 
     @property
+    def weights_path(self) -> Path:
+        """The checkpoint that the analysis reads."""
+        return self.run_folder / ("model.safetensors" if self.checkpoint == "best" else "model_last.safetensors")
+
+    @property
+    def identity(self) -> dict:
+        """The parameters that its weights depend on."""
+        return {key: getattr(self, key) for key in IDENTITY}
+
+    @property
     def pretext(self) -> "Run":
-        """The run that `init: phantom` starts from: all labels, BCE, on the simulated patients of
-        params/studies/pretext.yaml."""
+        """The run that `init: phantom` starts from: all labels, BCE, on the patients of params/studies/pretext.yaml."""
+        keys = ("image_size", "device", "precision", "backbone")
+        own = {"study": f"pretext_{self.image_size}px", "task": "multilabel", "loss": "bce"}
         study = load(ROOT / "params" / "studies" / "pretext.yaml")
-        run = {
-            "study": f"pretext_{self.image_size}px",
-            "image_size": self.image_size,
-            "device": self.device,
-            "precision": self.precision,
-            "task": "multilabel",
-            "backbone": self.backbone,
-            "loss": "bce",
-        }
-        return Run.build({**study, **run}, "params/studies/pretext.yaml")
+        return Run.build({**study, **{key: getattr(self, key) for key in keys}, **own}, "params/studies/pretext.yaml")
 
     @property
     def init_path(self) -> Path | None:
@@ -358,25 +320,6 @@ class Run(Study):
         return None if self.init in ("imagenet", "scratch") else (ROOT / self.init).resolve()
 
     @property
-    def n_outputs(self) -> int:
-        """Logits: 1 for the binary and pneumonia tasks, 10 for digits, else 15, or 14 without 'No Finding'."""
-        return {"multilabel": 14 + self.no_finding_output, "digits": 10}.get(self.task, 1)
-
-    @model_validator(mode="after")
-    def _task_suits_release(self):
-        if (self.task == "digits") != (self.release == "digits") or (
-            self.task == "multilabel" and self.release.endswith("rsna")
-        ):
-            raise ValueError(f"task {self.task} does not go with release {self.release}")
-        return self
-
-    @property
-    def selected_class(self) -> str:
-        """The class whose maps 07 shows."""
-        marked = self.phantom_marker if self.task == "multilabel" else ""
-        return self.feature_class or marked or {"binary": "Unhealthy", "digits": "7"}.get(self.task, "Pneumonia")
-
-    @property
     def siblings(self) -> list["Run"]:
         """The study's runs of this one's task, backbone and seed, and this one: they differ in the loss alone."""
         stem = self.name.rpartition("-")[0]
@@ -384,18 +327,34 @@ class Run(Study):
         return [self if name == self.name else self.run(name, self.seed) for name in names]
 
     @property
-    def attribution_folder(self) -> Path:
-        """Where 06 writes: the run's folder, or one for the CheXNet checkpoint."""
-        return self.folder / "chexnet" if self.chexnet else self.run_folder
+    def n_outputs(self) -> int:
+        """Logits: 1 for the binary and pneumonia tasks, 10 for digits, else 15, or 14 without 'No Finding'."""
+        return {"multilabel": 14 + self.no_finding_output, "digits": 10}.get(self.task, 1)
 
     @property
-    def weights_path(self) -> Path:
-        """The checkpoint that the analysis reads."""
-        return self.run_folder / ("model.safetensors" if self.checkpoint == "best" else "model_last.safetensors")
+    def selected_class(self) -> str:
+        """The class whose maps 07 shows."""
+        marked = self.phantom_marker if self.task == "multilabel" else ""
+        return self.feature_class or marked or {"binary": "Unhealthy", "digits": "7"}.get(self.task, "Pneumonia")
 
 
-def _nearest(key, known):
-    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+def identity_keys(*parts: type[BaseModel]) -> tuple[str, ...]:
+    """The keys of these classes that weights depend on: all but the free, so that a new one cannot be forgotten."""
+    fields = {key: part.model_fields[key] for part in parts for key in part.__annotations__}
+    return tuple(key for key, field in fields.items() if not (field.json_schema_extra or {}).get("free"))
+
+
+# A trained run stands only while all of these stand unchanged.
+IDENTITY = identity_keys(Run, Data, Training, Loss)
+
+
+def _choices(model, key):
+    return getattr(model.model_fields[key].annotation, "__args__", ())
+
+
+def nearest(key, known) -> str:
+    """'; did you mean x?' for the nearest of the `known` names, or nothing."""
+    match = difflib.get_close_matches(str(key), dict.fromkeys(map(str, known)), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -411,7 +370,7 @@ def load(path):
     if not path.is_file():
         known = sorted(other.stem for other in path.parent.glob("*.yaml"))
         raise ParameterError(
-            f"{path}: no such file{_nearest(path.stem, known)} ({path.parent} has {', '.join(known) or 'none'})"
+            f"{path}: no such file{nearest(path.stem, known)} ({path.parent} has {', '.join(known) or 'none'})"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -430,31 +389,18 @@ def load_study(name, **overrides):
     path = ROOT / "params" / "studies" / f"{name}.yaml"
     values = {**load(path), **overrides}
     if "runs" in overrides:  # fewer runs leave fewer to look at
-        values |= {
-            key: [run for run in values[key] if run in values["runs"]]
-            for key in ("attribution", "features")
-            if key in values
+        fewer = {
+            key: [run for run in values.get(key, []) if run in values["runs"]] for key in ("attribution", "features")
         }
+        values |= fewer
     study = Study.build(values, f"params/studies/{name}.yaml")
     if study.study != name:
         raise ParameterError(f"{path}: its key study says {study.study!r}; it must be the file's own name")
-    if study.release.endswith("rsna"):
-        unsaid = [
-            key
-            for key in load(path.parent / "demo_rsna.yaml")
-            if key not in values and (study.release != "rsna" or not key.startswith("phantom_"))
-        ]
-        if unsaid:
-            raise ParameterError(
-                f"{path}: must name {', '.join(unsaid)}: where a study is silent, notebook 08 has the values of "
-                "demo_rsna and training "
-                "the general defaults"
-            )
     for other in study.companions:
         if not (path.parent / f"{other}.yaml").is_file():
             raise ParameterError(f"{path}: companions names {other}, but there is no file params/studies/{other}.yaml")
     for run_name in study.runs:
-        run = study.run(run_name, study.seeds[0])
+        run = study.run(run_name)
         if run.name != run_name:
             raise ParameterError(
                 f"params/runs/{run_name}.yaml: describes {run.name}; the file's name must be <task>-<backbone>-<loss>"
@@ -462,41 +408,8 @@ def load_study(name, **overrides):
     return study
 
 
-def parameters_cell(model, values=None):
-    """Source of the parameters cell of a notebook: one literal per key of `model`, with its description.
-
-    `values` : what stands there instead of the defaults, such as those of a study file.
-    """
-    lines, values = [], values or {}
-    for key, field in model.model_fields.items():
-        value = values.get(key, field.default)
-        if key == "runs" and value == list(GRID):
-            lines.append(f"runs = [  # {field.description}")
-            lines += [
-                "    " + ", ".join(f'"{name}"' for name in GRID[k : k + 2]) + "," for k in range(0, len(GRID), 2)
-            ] + ["]"]
-        else:
-            literal = f'"{value}"' if isinstance(value, str) else repr(value)
-            lines.append(f"{key} = {literal}  # {field.description}")
-    return "\n".join(lines)
-
-
-def cell_values(source):
-    """Names and values assigned in a parameters cell, read without running it."""
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-    }
-
-
 if __name__ == "__main__":
-    command, name = sys.argv[1:]
-    if command == "cell":
-        study = load(ROOT / "params" / "studies" / "demo_rsna.yaml") if name == "intention" else None
-        print(parameters_cell(Run if name == "run" else Study, study))
-    elif command == "check":
-        try:
-            print(f"{name}: {len(load_study(name).runs)} runs, parameters valid")
-        except ParameterError as error:
-            sys.exit(str(error))
+    try:
+        print(f"{sys.argv[1]}: {len(load_study(sys.argv[1]).runs)} runs, parameters valid")
+    except ParameterError as error:
+        sys.exit(str(error))

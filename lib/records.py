@@ -100,7 +100,7 @@ def read_runs(study, name):
     FileNotFoundError
         Runs that have no such table yet; all are named.
     """
-    runs = [study.run(run, seed) for run in study.runs for seed in study.seeds]
+    runs = study.every_run
     missing = [str(run.run_folder.relative_to(study.folder)) for run in runs if not (run.run_folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -119,6 +119,13 @@ def write_text(text, path):
     """Write a text file, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_paper_table(table: pd.DataFrame, path: str | Path, markdown: str, latex: str) -> None:
+    """Write a table of a paper in all its forms, atomically: csv, and the given md and tex. `path` has no suffix."""
+    write_table(table, f"{path}.csv")
+    write_text(markdown, f"{path}.md")
+    write_text(latex, f"{path}.tex")
 
 
 def write_json(record, path):

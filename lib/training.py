@@ -1,8 +1,8 @@
 """Training of one run: a plain loop that can be killed at any moment and carries on to the same bits.
 
 `fit` trains in this process; `train` calls it, or starts torchrun on this module where a run has several devices. After
-every epoch the whole state goes to `state/epoch-<n>-<digest>.pt`; the two latest are kept. Order, augmentation and
-dropout of an epoch follow from (seed, epoch) alone, so an epoch that was cut short is run again with the same result.
+every epoch the whole state is written (`lib.state`). Order, augmentation and dropout of an epoch follow from (seed,
+epoch) alone, so an epoch that was cut short is run again with the same result.
 """
 
 import hashlib
@@ -34,54 +34,18 @@ from lib.data.batches import count_batches, evaluation_batches, training_batches
 from lib.data.release import task_targets
 from lib.devices import choose_device, device_name, gpu_names, hold_gpus, uses_bfloat16
 from lib.locks import exclusive
-from lib.losses import imbalance_loss, loss_weights
-from lib.models import build_model, load_model
+from lib.losses import make_loss
+from lib.models import build_model
 from lib.params import ROOT, Run
-
-# What the weights depend on: a finished or interrupted run is carried on only while all of these stand unchanged.
-IDENTITY = (
-    "task",
-    "backbone",
-    "loss",
-    "seed",
-    "no_finding_output",
-    "image_size",
-    "validation_fraction",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "weight_decay",
-    "warmup_steps",
-    "final_learning_rate",
-    "gradient_clip",
-    "jitter",
-    "flip",
-    "augmentation",
-    "precision",
-    "gpus",
-    "alpha",
-    "gamma",
-    "beta",
-    "wbce_scheme",
-    "wbce_counts",
-    "cb_scale",
-    "loss_factor",
-)
-# What must stand besides when a trained run is analysed: on which films, and from where, it was trained.
-SOURCE = ("release", "init", "phantom_films", "phantom_size", "phantom_seed", "phantom_floor", "phantom_marker")
-RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
-
+from lib.runs import TrainingError, is_trained
+from lib.state import digest, discard_rest, finish, finished_history, latest_state, write_state
 
 # The files that decide what training computes. Their digests go on record; an edited comment must not cost a finished
 # run, so a change is only said.
 CODE = ("training.py", "models.py", "losses.py", "data/batches.py", "data/augment.py")
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stopped, what is kept and what to do."""
-
-
-def train(run):
+def train(run: Run) -> pd.DataFrame:
     """Train `run`, or carry it on, in this process or, for `run.gpus` > 1, under torchrun; see `fit`.
 
     With `init: phantom` the pretext run is trained first, where that has not been done. It stands in for ImageNet: as
@@ -93,8 +57,15 @@ def train(run):
     DataFrame
         The rows of training.csv.
     """
-    if run.init == "phantom":
-        train(run.pretext)
+    if run.init == "phantom" and not is_trained(run.pretext):
+        start = run.pretext
+        print(
+            f"{run.name}: init is phantom, so the common start of all {run.backbone} runs is trained first, once: "
+            f"{start.epochs} epochs on {start.phantom_films} simulated films of other patients, in {start.folder}. "
+            "Without it: init: imagenet, scratch or a weights file",
+            flush=True,
+        )
+        train(start)
     if run.gpus == 1:
         return fit(run)
     resolved = run.run_folder / "resolved.json"
@@ -151,7 +122,7 @@ def _own_gpus(run):
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in hold_gpus(run.gpus))}
 
 
-def fit(run):
+def fit(run: Run) -> pd.DataFrame:
     """Train one run, or carry on an interrupted one, and write its results.
 
     Writes, each whole or not at all: `run.json` (resolved parameters, versions, device, times, status), `training.csv`
@@ -204,25 +175,14 @@ def _fit(run, model, init, device, rank, world):
     targets, classes = task_targets(release.targets, run.task, run.no_finding_output)
     rows = {split: store.rows(split) for split in ("train", "val", "test")}
     n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
-    weights = loss_weights(
-        run.loss,
-        n_positive,
-        len(rows["train"]) - n_positive,
-        alpha=run.alpha,
-        gamma=run.gamma,
-        beta=run.beta,
-        scheme=run.wbce_scheme,
-        counts=run.wbce_counts,
-        scale=run.cb_scale,
-    )
+    criterion = make_loss(run.loss, n_positive, len(rows["train"]) - n_positive, run)
     labels = release.films[["image", "patient", "split", "labels"]].to_csv(index=False).encode()
-    identity = {
-        **{key: getattr(run, key) for key in IDENTITY},
+    identity = run.identity | {
         "films": store.fingerprint,
         "labels": hashlib.sha256(labels).hexdigest()[:16],
-        "initial_weights": init if init in ("scratch", "imagenet") else _digest(init),
+        "initial_weights": digest(init) if run.init_path else init,
     }
-    code = {name: _digest(Path(__file__).parent / name) for name in CODE}
+    code = {name: digest(Path(__file__).parent / name) for name in CODE}
     record = {
         "status": "running",
         "run": run.name,
@@ -232,13 +192,7 @@ def _fit(run, model, init, device, rank, world):
         "classes": classes,
         "films": {split: len(index) for split, index in rows.items()},
         "n_positive_train": n_positive.tolist(),
-        "loss_weights": {
-            "positive": weights.positive.tolist(),
-            "negative": weights.negative.tolist(),
-            "gamma": weights.gamma,
-            "scale": weights.scale,
-            "batch_scheme": weights.batch_scheme,
-        },
+        "loss_weights": criterion.constants,
         "device": device_name(device),
         "world_size": world,
         "started": started.isoformat(timespec="seconds"),
@@ -279,60 +233,36 @@ def _fit(run, model, init, device, rank, world):
         _say_of_code(record["code"], code, run, run.run_folder / "state", rank)
     if rank == 0:
         records.write_json(record, run.run_folder / "run.json")
-    replica = (
-        DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-        if world > 1
-        else model
-    )
+    replica = model
+    if world > 1:
+        replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     for epoch in range(len(history) + 1, run.epochs + 1):
         clock = time.perf_counter()
-        batches = training_batches(
-            store,
-            rows["train"],
-            targets,
-            image_size=run.image_size,
-            batch_size=run.batch_size,
-            seed=run.seed,
-            epoch=epoch,
-            device=device,
-            rank=rank,
-            world_size=world,
-            jitter=run.jitter,
-            flip=run.flip,
-            augmentation=run.augmentation,
-        )
         row = _train_epoch(
-            replica, optimizer, batches, weights, run, epoch, len(rows["train"]), low_precision, rank, world
+            replica, optimizer, store, rows["train"], targets, criterion, run, epoch, low_precision, rank, world
         )
         if rank == 0:
-            row |= _validate(model, store, rows["val"], targets, classes, weights, run, epoch, device)
+            row |= _validate(model, store, rows["val"], targets, classes, criterion, run, epoch, device)
             row["seconds"] = round(time.perf_counter() - clock, 2)
             row["films_per_second"] = round(len(rows["train"]) / row["seconds"], 1)
             history = [*history, row]
             if row["val_auroc"] > best["val_auroc"]:
-                best = {
-                    "val_auroc": row["val_auroc"],
-                    "model": {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
-                }
+                weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+                best = {"val_auroc": row["val_auroc"], "model": weights}
             _say(
                 rank,
                 f"{run.name} seed {run.seed}: epoch {epoch}/{run.epochs}  loss {row['train_loss']:.4f}  validation "
                 f"loss {row['val_loss']:.4f}  "
                 f"validation AUROC {row['val_auroc']:.3f}  ({row['seconds']:.0f} s)",
             )
-            write_state(
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "epoch": epoch,
-                    "history": history,
-                    "best": best,
-                    "identity": identity,
-                    "record": record,
-                },
-                run.run_folder / "state",
-            )
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "epoch": epoch,
+                "history": history,
+            }
+            write_state(state | {"best": best, "identity": identity, "record": record}, run.run_folder / "state")
             records.write_table(pd.DataFrame(history), run.run_folder / "training.csv")
         if world > 1:
             dist.barrier()
@@ -342,34 +272,30 @@ def _fit(run, model, init, device, rank, world):
         header = {"run": run.name, "backbone": run.backbone, "task": run.task, "classes": json.dumps(classes)}
         last = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         for name, tensors in (("model_last.safetensors", last), ("model.safetensors", best["model"])):
+            tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
             with records.atomic(run.run_folder / name) as temporary:
-                temporary.write_bytes(
-                    save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata=header)
-                )
-        finished = datetime.now(UTC)
+                temporary.write_bytes(save(tensors, metadata=header))
         best_row = max(history, key=lambda row: row["val_auroc"])
-        records.write_json(
-            {
-                **record,
-                "status": "finished",
-                "finished": finished.isoformat(timespec="seconds"),
-                "train_seconds": round(sum(row["seconds"] for row in history), 1),
-                "best_epoch": best_row["epoch"],
-                "best_val_auroc": best_row["val_auroc"],
-            },
-            run.run_folder / "run.json",
-        )
-        for old in sorted((run.run_folder / "state").glob("epoch-*.pt"))[:-1]:
-            old.unlink()
+        record |= {
+            "status": "finished",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "train_seconds": round(sum(row["seconds"] for row in history), 1),
+            "best_epoch": best_row["epoch"],
+            "best_val_auroc": best_row["val_auroc"],
+        }
+        finish(run, record, history)
     if world > 1:
         dist.barrier()
     return pd.DataFrame(history)
 
 
-def _train_epoch(model, optimizer, batches, weights, run, epoch, n_films, low_precision, rank, world):
+def _train_epoch(model, optimizer, store, rows, targets, criterion, run, epoch, low_precision, rank, world):
     model.train()
     device = next(model.parameters()).device
-    steps = count_batches(n_films, run.batch_size, world)
+    steps = count_batches(len(rows), run.batch_size, world)
+    keys = ("image_size", "batch_size", "seed", "jitter", "flip", "augmentation")
+    options = {key: getattr(run, key) for key in keys} | {"epoch": epoch, "device": device, "rank": rank}
+    batches = training_batches(store, rows, targets, world_size=world, **options)
     losses, norms, said = [], [], time.monotonic()
     # Dropout and stochastic depth, where a backbone has them, draw from torch's own generator: inside this context it
     # follows from (seed, epoch, rank), and the caller's state is put back afterwards.
@@ -384,7 +310,7 @@ def _train_epoch(model, optimizer, batches, weights, run, epoch, n_films, low_pr
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
                 logits = model(batch.images)
-            loss = run.loss_factor * imbalance_loss(logits.float(), batch.targets, weights)
+            loss = run.loss_factor * criterion(logits.float(), batch.targets).mean()
             loss.backward()
             norm = torch.nn.utils.get_total_norm(
                 [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -425,15 +351,10 @@ def _check_finite(values, run, epoch, where):
         )
 
 
-def _validate(model, store, rows, targets, classes, weights, run, epoch, device):
-    logits = predict(
-        model,
-        evaluation_batches(store, rows, targets, image_size=run.image_size, batch_size=run.batch_size, device=device),
-    )
-    targets = targets[rows]
-    loss = run.loss_factor * imbalance_loss(
-        torch.from_numpy(logits).double(), torch.from_numpy(targets).double(), weights
-    )
+def _validate(model, store, rows, targets, classes, criterion, run, epoch, device):
+    options = {"image_size": run.image_size, "batch_size": run.batch_size, "device": device}
+    logits, targets = predict(model, evaluation_batches(store, rows, targets, **options)), targets[rows]
+    loss = run.loss_factor * criterion(torch.from_numpy(logits).double(), torch.from_numpy(targets).double()).mean()
     _check_finite(loss, run, epoch, "on the validation films")
     patients = store.films["patient"].to_numpy()[rows]
     metrics = classification_metrics(logits, targets, classes, patients, n_replicates=0).set_index("class")
@@ -449,136 +370,14 @@ def _check_validation(targets, classes):
         )
 
 
-def schedule(step, total, warmup, final):
-    """Share of the learning rate at `step` of `total`: a cosine from 1 to `final`, times a linear warm-up over the
-    first `warmup` steps."""
+def schedule(step: int, total: int, warmup: int, final: float) -> float:
+    """Share of the learning rate at `step` of `total`: a cosine from 1 to `final`; over the first `warmup` steps times
+    a line from 0.01 to 1, as the authors' code warms up."""
     cosine = final + (1 - final) * (1 + math.cos(math.pi * step / total)) / 2
-    return cosine * min(1.0, (step + 1) / warmup if warmup else 1.0)
+    return cosine * (1 - 0.99 * max(0.0, 1 - step / warmup) if warmup else 1.0)
 
 
-def write_state(state, folder):
-    """Write a generation of the training state and drop all but the two latest.
-
-    The digest of the bytes is part of the name, so a file that was cut short or changed is never taken for a state.
-
-    Raises
-    ------
-    OSError
-        The disk is full; the generations before are untouched.
-    """
-    with records.atomic(folder / "writing.pt") as temporary:
-        with open(temporary, "wb") as file:  # given a path, torch.save reports a full disk as an error of its own
-            torch.save(state, file)
-        name = f"epoch-{state['epoch']:05d}-{_digest(temporary)}.pt"
-    os.replace(folder / "writing.pt", folder / name)
-    for old in sorted(folder.glob("epoch-*.pt"))[:-2]:
-        old.unlink()
-
-
-def latest_state(folder, identity):
-    """The latest whole state in `folder` that belongs to `identity`, or None; what is passed over is said."""
-    for path in sorted(folder.glob("epoch-*.pt"), reverse=True):
-        if path.stem.rpartition("-")[2] != _digest(path):
-            print(f"{path.name} is damaged and is passed over", flush=True)
-            continue
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        changed = _changed(state["identity"], identity)
-        if not changed:
-            return state
-        print(f"the saved state was trained with other parameters ({changed}): training starts over", flush=True)
-        return None
-    return None
-
-
-def discard_rest(run_folder, state):
-    """Remove what a killed process left half-written, and the saved states that cannot follow on `state`: the damaged,
-    and those of other parameters. Left in place they would count among the two latest."""
-    states = (run_folder / "state").glob("epoch-*.pt")
-    whole = [path for path in states if state is not None and path.stem.rpartition("-")[2] == _digest(path)]
-    for path in [
-        *(run_folder / "state").glob("*"),
-        *(left for name in RESULTS for left in run_folder.glob(f".{name}.*")),
-    ]:
-        if path not in whole:
-            path.unlink()
-
-
-def finished_history(run, identity):
-    """The rows of training.csv if `run` is finished with this very identity, else None."""
-    paths = [run.run_folder / name for name in RESULTS]
-    if not all(path.is_file() for path in paths):
-        return None
-    record = records.read_json(paths[0])
-    if record["status"] != "finished" or _changed(record["identity"], identity):
-        return None
-    return records.read_table(paths[1])
-
-
-def _changed(old, new):
-    """What differs, in words. A parameter that is younger than the record stands there with its default, which is what
-    it was."""
-    old = {key: Run.model_fields[key].default for key in new if key in Run.model_fields} | {
-        key: value for key, value in old.items() if value is not None
-    }
-    return ", ".join(
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    )
-
-
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def load_trained(run):
-    """The classifier that the analysis of `run` reads, on its device, in evaluation mode.
-
-    Returns
-    -------
-    model : lib.models.Classifier
-    device : torch.device
-
-    Raises
-    ------
-    TrainingError
-        The run is not trained, not finished, or was trained with other parameters than `run` has; the message names
-        them.
-    """
-    _require_trained(run)
-    device = choose_device(run.device)
-    return load_model(run.weights_path, run.backbone, run.n_outputs).to(device), device
-
-
-def _require_trained(run):
-    path = run.run_folder / "run.json"
-    if not path.is_file() or not run.weights_path.is_file():
-        raise TrainingError(
-            f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. Run 01_train with "
-            "these parameters first"
-        )
-    record = records.read_json(path)
-    keys = IDENTITY + SOURCE
-    changed = _changed({key: record["parameters"].get(key) for key in keys}, {key: getattr(run, key) for key in keys})
-    if record["status"] != "finished" or changed:
-        raise TrainingError(
-            f"{path}: "
-            + (f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}")
-            + ". Run 01_train with these parameters first"
-        )
-
-
-def is_trained(run):
-    """Whether `load_trained` has something to load: a finished run with these very parameters."""
-    try:
-        _require_trained(run)
-    except TrainingError:
-        return False
-    return True
-
-
-def environment():
+def environment() -> dict:
     """Host, git commit and the versions that a result depends on, for the record."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -596,11 +395,8 @@ def environment():
 def _say_of_code(old, new, run, folder, rank):
     if old != new:
         changed = ", ".join(sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)))
-        _say(
-            rank,
-            f"{run.name} seed {run.seed}: trained by another version of the training code ({changed}), and kept. To "
-            f"train anew, delete {folder}",
-        )
+        text = f"trained by another version of the training code ({changed}), and kept. To train anew, delete {folder}"
+        _say(rank, f"{run.name} seed {run.seed}: {text}")
 
 
 def _say(rank, text):

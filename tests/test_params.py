@@ -5,7 +5,8 @@ import yaml
 from pydantic import ValidationError
 
 from lib import params
-from lib.params import GRID, ROOT, ParameterError, Run, Study, cell_values, load, load_study, parameters_cell
+from lib.data import RELEASES
+from lib.params import FREE, GRID, IDENTITY, ROOT, Data, Loss, ParameterError, Run, Study, Training, load, load_study
 
 STUDIES = sorted(path.stem for path in (ROOT / "params" / "studies").glob("*.yaml"))
 RUNS = sorted(path.stem for path in (ROOT / "params" / "runs").glob("*.yaml"))
@@ -234,17 +235,6 @@ def test_a_study_that_does_not_exist(elsewhere):
         load_study("smal")
 
 
-def test_a_study_of_08_leaves_nothing_to_its_other_defaults(elsewhere):
-    elsewhere("runs", "pneumonia-vgg16-bce", "task: pneumonia\nbackbone: vgg16\nloss: bce\n")
-    said = "runs: [pneumonia-vgg16-bce]\nrelease: phantom_rsna\n"
-    elsewhere("studies", "demo_rsna", f"study: demo_rsna\n{said}phantom_seed: 2\nepochs: 3\n")
-    elsewhere("studies", "own", f"study: own\n{said}epochs: 5\n")
-    with pytest.raises(ParameterError, match="own.yaml: must name phantom_seed:"):
-        load_study("own")
-    elsewhere("studies", "own", f"study: own\n{said}phantom_seed: 0\nepochs: 5\n")
-    assert load_study("own").phantom_seed == 0
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -266,45 +256,41 @@ def test_a_run_file_that_is_wrong(elsewhere, text, message):
         load_study("small", runs=["binary-resnet50-bce", "binary-resnet50-focal"])
 
 
-# --- notebooks
+# --- keys
 
 
-@pytest.mark.parametrize("model", [Study, Run])
-def test_the_parameters_cell_holds_every_default(model):
-    source = parameters_cell(model)
-    assert cell_values(source) == model().model_dump()
-    for line in source.splitlines():
-        assert "  # " in line or line.startswith("    ") or line == "]", line
-        assert len(line) <= 160
-    assert model.from_notebook(cell_values(source)) == model()
+def test_every_key_has_a_meaning_that_papermill_can_read():
+    for key, field in Run.model_fields.items():
+        assert field.description and "=" not in field.description, key  # papermill takes the last = of a line apart
 
 
-def test_a_notebooks_own_names_are_not_parameters():
-    namespace = {
-        "__name__": "__main__",
-        "_ih": [],
-        "In": [],
-        "Out": {},
-        "exit": print,
-        "get_ipython": print,
-        "yaml": yaml,
-        "Run": Run,
-        "load": load,
-    }
-    assert Run.from_notebook({**namespace, "epochs": 3, "loss": "bce"}) == Run(epochs=3, loss="bce")
+def test_a_trained_run_depends_on_every_key_that_makes_weights():
+    """A new key of these classes belongs to the identity unless it says that it is free."""
+    made = {key for part in (Data, Training, Loss) for key in part.model_fields} | {"task", "backbone", "loss", "seed"}
+    assert made - set(IDENTITY) == {"data_root", "skip_bad_films", "device"} and set(IDENTITY) <= made
+
+    class Longer(Training):
+        momentum: float = 0.9
+        where: str = params.Field("here", **FREE)
+
+    assert set(params.identity_keys(Longer)) - set(IDENTITY) == {"momentum"}
 
 
-def test_a_misspelt_notebook_parameter_is_an_error():
-    with pytest.raises(ParameterError, match=r"los: no such parameter; did you mean loss\?"):
-        Run.from_notebook({**cell_values(parameters_cell(Run)), "los": "bce"})
-    with pytest.raises(ParameterError, match=r"loss: no such parameter"):  # a study holds no loss
-        Study.from_notebook({"loss": "bce"})
+def test_initial_weights_follow_the_release_where_none_are_named():
+    for release, source in RELEASES.items():
+        values = {"release": release, "data_root": "films", "task": source.tasks[0]}
+        assert Run.build(values).init == source.init
+        assert Run.build(values | {"init": None}).init == source.init
+        assert Run.build(values | {"init": "scratch"}).init == "scratch"
+    assert Run.build({"release": "nih", "data_root": "films"}).init == "imagenet"  # never minutes of phantom for films
 
 
-def test_a_kernel_that_has_run_the_notebook_before_says_so():
-    for left in ({"run": Run()}, {"study": Study(), "path": ROOT}):
-        with pytest.raises(ParameterError, match="Restart the kernel and run all cells"):
-            Run.from_notebook({**cell_values(parameters_cell(Run)), **left})
+@pytest.mark.parametrize(
+    ("key", "wrong", "near"), [("loss", "fokal", "focal"), ("release", "nhi", "nih"), ("cam_method", "hirez", "hires")]
+)
+def test_a_misspelt_choice_names_the_nearest(key, wrong, near):
+    with pytest.raises(ParameterError, match=f"{key}: .*; did you mean {near}\\? \\(got '{wrong}'\\)"):
+        Run.build({key: wrong})
 
 
 def test_a_task_goes_with_its_release():

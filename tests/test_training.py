@@ -26,8 +26,11 @@ from lib.data import open_data
 from lib.data.batches import count_batches
 from lib.devices import DeviceError, choose_device, hold_gpus
 from lib.locks import exclusive, try_lock
+from lib.losses import Criterion
 from lib.models import build_model
 from lib.params import ROOT, Run
+from lib.runs import RESULTS, OpenStudy, Subject, is_trained, require_trained
+from lib.state import finished_history
 
 EPOCHS = 3
 # One server imports torch once; its children start in milliseconds, each a process of its own that can be killed.
@@ -169,27 +172,30 @@ def test_a_finished_run_leaves_what_is_promised(uninterrupted):
     history = pd.read_csv(uninterrupted / "training.csv")
     assert list(history["epoch"]) == [1, 2, 3] and np.isfinite(history.to_numpy()).all()
     assert record["best_val_auroc"] == history["val_auroc"].max()
-    (state,) = (uninterrupted / "state").iterdir()
-    assert state.name.startswith("epoch-00003") and torch.load(state, weights_only=True)["epoch"] == 3
+    (kept,) = (uninterrupted / "state").iterdir()  # no training state: hundreds of megabytes for a larger backbone
+    assert kept.name == "finished.json" and records.read_json(kept)["record"] == record
     with safe_open(uninterrupted / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == record["classes"]
 
 
 def test_killed_before_each_move_of_a_file_it_ends_with_the_same_bits(new_run, uninterrupted, tmp_path):
-    """A run moves: run.json; then of each epoch the state, its name, training.csv; then training.csv, both models,
-    run.json."""
+    """A run moves: run.json; then of each epoch the state, its name, training.csv; then training.csv, both models, the
+    copy of its record, run.json."""
     run = new_run()
     for crash_at in (1, 2, 3, 4, 3, 4, 4, 2, 3, 4, 5):
         process = start(run, tmp_path / "log", crash_at=crash_at)
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
-        assert training.finished_history(run, records.read_json(uninterrupted / "run.json")["identity"]) is None
+        assert finished_history(run, records.read_json(uninterrupted / "run.json")["identity"]) is None
+    process = start(run, tmp_path / "log", crash_at=6)  # everything stands but the last word of run.json
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not is_trained(run)
     process = start(run, tmp_path / "log")
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 0 and "already trained" in (tmp_path / "log").read_text() and is_trained(run)
     assert differences(uninterrupted, run.run_folder) == []
-    left = {path.name for path in run.run_folder.rglob("*") if path.is_file() and not path.name.startswith("epoch-")}
-    assert left == {".lock", *training.RESULTS}
+    left = {path.name for path in run.run_folder.rglob("*") if path.is_file()}
+    assert left == {".lock", "finished.json", *RESULTS}
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(new_run, uninterrupted, tmp_path):
@@ -277,19 +283,31 @@ def test_a_finished_run_returns_at_once(new_run, uninterrupted, monkeypatch, cap
     assert "already trained, 3 epochs" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in run.run_folder.rglob("*.*")}
     assert history.equals(pd.read_csv(uninterrupted / "training.csv"))
-    # Snakemake removes a rule's outputs before it runs again: they are written anew from the last state.
-    for name in training.RESULTS:
+    # Snakemake removes a rule's outputs before it runs again: they are written anew from the copy, to the byte.
+    outputs = {name: (run.run_folder / name).read_bytes() for name in ("run.json", "training.csv")}
+    for name in outputs:
         (run.run_folder / name).unlink()
     training.fit(run)
+    assert outputs == {name: (run.run_folder / name).read_bytes() for name in outputs}
+    assert differences(uninterrupted, run.run_folder) == []
+
+
+def test_a_run_without_its_weights_is_trained_again(new_run, uninterrupted, capsys):
+    run = new_run()
+    shutil.copytree(uninterrupted, run.run_folder)
+    (run.run_folder / "model.safetensors").unlink()
+    training.fit(run)
+    assert "epoch 3/3" in capsys.readouterr().out
     assert differences(uninterrupted, run.run_folder) == []
 
 
 def test_a_finished_run_says_that_the_code_has_changed_since(new_run, uninterrupted, capsys):
     run = new_run()
     shutil.copytree(uninterrupted, run.run_folder)
-    path = run.run_folder / "run.json"
-    record = records.read_json(path)
-    records.write_json(record | {"code": record["code"] | {"losses.py": "another"}}, path)
+    path = run.run_folder / "state" / "finished.json"
+    kept = records.read_json(path)
+    kept["record"]["code"]["losses.py"] = "another"
+    records.write_json(kept, path)
     training.fit(run)
     said = capsys.readouterr().out
     assert "another version of the training code (losses.py)" in said and f"delete {run.run_folder}" in said
@@ -298,13 +316,22 @@ def test_a_finished_run_says_that_the_code_has_changed_since(new_run, uninterrup
 def test_what_is_analysed_must_be_what_was_trained(new_run, uninterrupted):
     run = new_run()
     shutil.copytree(uninterrupted, run.run_folder)
-    model, _ = training.load_trained(run)
-    assert not model.training and training.is_trained(run)
+    assert not Subject(run, OpenStudy(run)).model.training and is_trained(run)
     for key, value in {"phantom_seed": 5, "release": "phantom", "init": "imagenet", "gamma": 3.0}.items():
         other = run.model_copy(update={key: value})
         with pytest.raises(training.TrainingError, match=f"trained with other parameters \\({key}: .* -> {value}\\)"):
-            training.load_trained(other)
-        assert not training.is_trained(other)
+            require_trained(other)
+        assert not is_trained(other)
+
+
+def test_what_is_about_to_be_trained_first_is_said(new_run, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(training, "fit", trained.append)
+    run = new_run(init="phantom")
+    training.train(run)
+    said = capsys.readouterr().out
+    assert [one.study for one in trained] == ["pretext_32px", run.study]
+    assert "init is phantom" in said and "2400 simulated films" in said and "init: imagenet, scratch" in said
 
 
 def test_two_processes_on_one_run_take_turns(new_run, uninterrupted, tmp_path):
@@ -325,16 +352,17 @@ def test_two_processes_on_one_run_take_turns(new_run, uninterrupted, tmp_path):
 
 def test_nan_loss_stops_and_keeps_the_last_good_state(new_run, uninterrupted, monkeypatch):
     run = new_run()
-    loss, calls = training.imbalance_loss, itertools.count(1)
+    make, calls = training.make_loss, itertools.count(1)
     steps = count_batches(records.read_json(uninterrupted / "run.json")["films"]["train"], run.batch_size)
 
     def broken(*arguments):
-        return loss(*arguments) * (
-            math.nan if next(calls) == steps + 2 else 1
-        )  # after the steps of an epoch and its validation
+        criterion = make(*arguments)
+        # After the steps of an epoch and its validation.
+        element = lambda *pair: criterion(*pair) * (math.nan if next(calls) == steps + 2 else 1)  # noqa: E731
+        return Criterion(element, criterion.constants)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "imbalance_loss", broken)
+        patch.setattr(training, "make_loss", broken)
         with pytest.raises(
             training.TrainingError,
             match=r"not finite at epoch 2, step 1\. The state after epoch 1 is kept.*gradient_clip",
@@ -355,7 +383,8 @@ def test_weights_that_run_away_are_not_saved(new_run):
 
 
 def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(new_run, monkeypatch):
-    monkeypatch.setattr(training, "imbalance_loss", lambda logits, *_: (0 * logits).sum().sqrt())
+    root = Criterion(lambda logits, _: (0 * logits).sum().sqrt())
+    monkeypatch.setattr(training, "make_loss", lambda *_: root)
     with pytest.raises(training.TrainingError, match="epoch 1, step 1"):
         training.fit(new_run())
 
@@ -402,11 +431,23 @@ def test_schedule(warmup, final):
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=final)
     for step in range(50):
         expected = final + (1 - final) * math.cos(math.pi / 2 * step / 50) ** 2  # (1 + cos 2a) / 2 = cos^2 a
-        expected *= (step + 1) / warmup if step < warmup else 1
+        expected *= 0.01 + 0.99 * step / warmup if step < warmup else 1
         assert training.schedule(step, 50, warmup, final) == pytest.approx(expected, abs=1e-12)
         assert training.schedule(step, 50, 0, final) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
         optimizer.step()
         cosine.step()
+
+
+def test_the_rate_follows_the_schedule_at_every_step(new_run, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *rest: rates.append(self.param_groups[0]["lr"]) or step(self, *rest)
+    )
+    run = new_run(epochs=2, warmup_steps=3, final_learning_rate=0.1)
+    history = training.fit(run)
+    expected = [run.learning_rate * training.schedule(k, len(rates), 3, 0.1) for k in range(len(rates))]
+    assert rates == pytest.approx(expected, rel=1e-12) and len(set(rates)) == len(rates) > 4
+    assert list(history["learning_rate"]) == [rates[len(rates) // 2 - 1], rates[-1]]
 
 
 def test_gradients_are_clipped_and_their_norm_is_recorded_before(new_run, monkeypatch):

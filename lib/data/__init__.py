@@ -1,77 +1,139 @@
-"""The data room. `open_data` is its door: a study's parameters in, its release and its store out."""
+"""The data room: the table of the releases it can read, and its door, `open_data`.
+
+To add a release: a module that reads it into a `lib.data.release.Release`, and a line in `RELEASES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# The readers are imported where they are called: parameters ask this table, and the processes that decode films import
+# this package; both would start seconds later.
+
+
+def _read_nih(study, **options):
+    from lib.data.nih import read_release
+
+    return read_release(study.release_folder, **options)
+
+
+def _read_rsna(study, **options):
+    from lib.data.rsna import read_rsna
+
+    return read_rsna(study.release_folder, **options)
+
+
+def _read_digits(study, on_missing, **draw):  # they come whole from the library, or are written again
+    from lib.data.digits import read_digits
+
+    return read_digits(study.release_folder, **draw)
+
+
+def _write_phantom(study, layout):
+    from lib.data.phantom.films import write_phantom
+
+    keys = {key: getattr(study, f"phantom_{key}") for key in ("size", "seed", "floor", "marker")}
+    write_phantom(study.release_folder, n_films=study.phantom_films, layout=layout, **keys)
+
+
+def _write_digits(study):
+    from lib.data.digits import write_digits
+
+    if not study.data_root:
+        write_digits(study.release_folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of the table: what the study knows of a release before it is opened.
+
+    Attributes
+    ----------
+    label : str
+        What tables and figures say their numbers were measured on; `{study}` stands for the study's name.
+    tasks : tuple of str
+        What can be learnt from its labels, see `release.task_targets`.
+    read : callable
+        (study, validation_fraction=..., seed=..., on_missing=...) to a `Release`.
+    write : callable or None
+        (study): makes the release where the study makes it itself.
+    init : str
+        Initial weights where the study names none.
+    lists : tuple of str
+        Files under `data_root` whose change means reading again; the first must be there.
+    exact : bool
+        Whether the pixels of every lesion, lung and marker are known (`phantom.films`).
+    """
+
+    label: str
+    tasks: tuple[str, ...]
+    read: Callable
+    write: Callable | None = None
+    init: str = "imagenet"
+    lists: tuple[str, ...] = ()
+    exact: bool = False
+
+
+_SIMULATED = {"init": "phantom", "exact": True}
+_NIH_LISTS = ("Data_Entry_2017*.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt")
+_RSNA_LISTS = ("stage_2_train_labels.csv", "stage_2_detailed_class_info.csv")
+RELEASES = {
+    "phantom": Source(
+        "Simulated phantom films, not patients",
+        ("multilabel", "binary", "pneumonia"),
+        _read_nih,
+        lambda study: _write_phantom(study, "nih"),
+        **_SIMULATED,
+    ),
+    "nih": Source(
+        "NIH ChestX-ray14 films, study {study}", ("multilabel", "binary", "pneumonia"), _read_nih, lists=_NIH_LISTS
+    ),
+    "phantom_rsna": Source(
+        "Simulated phantom films in RSNA's layout, not patients",
+        ("binary", "pneumonia"),
+        _read_rsna,
+        lambda study: _write_phantom(study, "rsna"),
+        **_SIMULATED,
+    ),
+    "rsna": Source("RSNA pneumonia films, study {study}", ("binary", "pneumonia"), _read_rsna, lists=_RSNA_LISTS),
+    "digits": Source(
+        "Handwritten digits of scikit-learn, 8 x 8 pixels", ("digits",), _read_digits, _write_digits, init="scratch"
+    ),
+}
+TASKS = tuple(dict.fromkeys(task for source in RELEASES.values() for task in source.tasks))
 
 
 def open_data(study):
-    """The release and the store of a study; the phantom or the digits are written and the store is built where they are
-    missing.
+    """The release and the store of a study; the store, and what the study makes itself, are written where missing.
 
     Parameters
     ----------
     study : lib.params.Study
-        Its `release`: 'nih' and 'rsna' are read from `release_folder`; 'phantom', 'phantom_rsna' (the phantom in RSNA's
-        layout) and, without a
-        `data_root`, 'digits' are written there first.
 
     Returns
     -------
-    release : lib.data.nih.Release
+    release : lib.data.release.Release
         Its films are exactly those of the store, row by row.
     store : lib.data.store.Store
 
     Raises
     ------
-    lib.data.nih.ReleaseError
+    lib.data.release.ReleaseError
         Broken release, or films that are missing where `study.skip_bad_films` is False.
     lib.data.store.StoreError
         Films that are unreadable where `study.skip_bad_films` is False, or a store that cannot be built.
     """
-    # Imported here: the processes that decode films import this package too, and would start seconds later.
     from lib.data.store import open_store
-
-    choice = "skip" if study.skip_bad_films else "error"
-    _write_release(study)
-    release = _read_release(study, choice)
-    store = open_store(release, study.store_folder, study.store_size, on_unreadable=choice)
-    if store.unreadable:
-        release = release.without(store.unreadable, "unreadable")
-    return release, store
-
-
-def _write_release(study):
-    """Write what the study makes itself, where it is missing."""
-    simulated = study.release in ("phantom", "phantom_rsna")
-    if not simulated and (study.release != "digits" or study.data_root):
-        return
-    from lib.data.digits import write_digits
-    from lib.data.phantom.films import write_phantom
     from lib.locks import exclusive
 
-    study.folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(study.folder / ".release.lock", f"waiting for another process that writes {study.release_folder}"):
-        if simulated:
-            write_phantom(
-                study.release_folder,
-                n_films=study.phantom_films,
-                size=study.phantom_size,
-                seed=study.phantom_seed,
-                floor=study.phantom_floor,
-                marker=study.phantom_marker,
-                layout="rsna" if study.release == "phantom_rsna" else "nih",
-            )
-        else:
-            write_digits(study.release_folder)
-
-
-def _read_release(study, on_missing):
-    from lib.data.digits import read_digits
-    from lib.data.nih import read_release
-    from lib.data.rsna import read_rsna
-
-    draw = {"validation_fraction": study.validation_fraction, "seed": 0}
-    if study.release == "digits":
-        return read_digits(study.release_folder, **draw)
-    if study.release in ("phantom", "nih"):
-        return read_release(study.release_folder, **draw, on_missing=on_missing)
-    if study.release in ("rsna", "phantom_rsna"):
-        return read_rsna(study.release_folder, **draw, on_missing=on_missing)
-    raise ValueError(f"release is {study.release!r}; it must be 'phantom', 'nih', 'phantom_rsna', 'rsna' or 'digits'")
+    if study.release not in RELEASES:
+        raise ValueError(f"release is {study.release!r}; it must be one of {', '.join(RELEASES)}")
+    source, choice = RELEASES[study.release], "skip" if study.skip_bad_films else "error"
+    if source.write:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(
+            study.folder / ".release.lock", f"waiting for another process that writes {study.release_folder}"
+        ):
+            source.write(study)
+    release = source.read(study, validation_fraction=study.validation_fraction, seed=0, on_missing=choice)
+    store = open_store(release, study.store_folder, study.store_size, on_unreadable=choice)
+    return release.without(store.unreadable, "unreadable") if store.unreadable else release, store

@@ -1,0 +1,428 @@
+"""The door: a notebook's parameters in, an opened run or study out, with its films, its model and what they say of it.
+
+`open_run` and `open_study` check every parameter before anything else happens. What a trained run *is*, the parameters
+and files that its weights follow from, and whether it stands as it was trained, is said here too.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+
+from lib import records
+from lib.analysis.alignment import pair_cams
+from lib.analysis.inference import Output, stream
+from lib.analysis.pairs import box_pairs
+from lib.analysis.relevance.rules import RelevanceError
+from lib.data import RELEASES, open_data
+from lib.data.batches import evaluation_batches
+from lib.data.decoding import read_films
+from lib.data.release import UNHEALTHY, ReleaseError, film_boxes, task_boxes, task_targets
+from lib.data.store import StoreError
+from lib.devices import DeviceError, choose_device
+from lib.models import CHEXNET_CLASSES, Classifier, check_backbone, layers, load_chexnet, load_model
+from lib.params import IDENTITY, ROOT, Analysis, ParameterError, Run, Study, load, nearest
+
+RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
+
+
+class TrainingError(RuntimeError):
+    """A run cannot be trained or is not trained; the message says where it stopped, what is kept and what to do."""
+
+
+# What is refused with a sentence of its own. A notebook shows that sentence, and no traceback above it.
+REFUSALS = (ParameterError, ReleaseError, StoreError, DeviceError, TrainingError, RelevanceError)
+
+
+# ---- opening
+
+
+def open_run(given: Mapping, *, trained: bool = True) -> "Subject":
+    """Open the run that a notebook's parameters name.
+
+    Parameters
+    ----------
+    given : mapping
+        The notebook's `globals()`, right after its parameters cell: every plain variable is a parameter, so that a
+        misspelt one, of which papermill only warns, is an error. None means: as the study's file says.
+    trained : bool
+        Whether the run must be trained already.
+
+    Raises
+    ------
+    ParameterError
+        An unknown key (the nearest right one is named), a value out of range, a study that does not exist, or a kernel
+        in which the notebook has run before.
+    TrainingError
+        The run is not trained, or was trained with other parameters.
+    """
+    run, changed = _parameters(given, Run)
+    if trained:
+        require_trained(run)
+    else:
+        try:
+            check_backbone(run.backbone)
+        except ValueError as error:
+            raise ParameterError(str(error)) from None
+    return Subject(run, OpenStudy(run, changed))
+
+
+def open_study(given: Mapping) -> "OpenStudy":
+    """Open the study that a notebook's parameters name; arguments and errors as in `open_run`."""
+    return OpenStudy(*_parameters(given, Study))
+
+
+def _parameters(given, model):
+    """The parameters, and those of them that were given and differ from what the study's file says."""
+    _refuse_in_one_line()
+    shell = {"In", "Out", "exit", "quit", "get_ipython"}
+    values = {
+        key: value
+        for key, value in given.items()
+        if not key.startswith("_") and key not in shell and not callable(value) and not isinstance(value, ModuleType)
+    }
+    results = [
+        key for key, value in values.items() if not isinstance(value, (str, int, float, list, tuple, dict, type(None)))
+    ]
+    if results:
+        raise ParameterError(
+            f"{', '.join(results[:3])}: no plain values, so this kernel has run the notebook before and parameters "
+            "cannot be told from results. Restart the kernel and run all cells"
+        )
+    values = {key: value for key, value in values.items() if value is not None}
+    name = values.get("study", model.model_fields["study"].default)
+    folder = ROOT / "params" / "studies"
+    if (folder / f"{name}.yaml").is_file():
+        said = load(folder / f"{name}.yaml")
+    elif "release" in values:  # a study of the command line alone: nothing says otherwise
+        said = values
+    else:
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        raise ParameterError(
+            f"study: there is no params/studies/{name}.yaml{nearest(name, known)} (a study without a file of its own "
+            "must name its release: -p release ...)"
+        )
+    parameters = model.build({**said, **values})
+    default = {key: field.default for key, field in model.model_fields.items()}
+    return parameters, {key for key, value in values.items() if value != said.get(key, default[key])}
+
+
+def _refuse_in_one_line():
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell:
+        shell.set_custom_exc(
+            REFUSALS, lambda self, kind, error, *_, **__: self._showtraceback(kind, error, [str(error)])
+        )
+
+
+class OpenStudy:
+    """A study and its films, which are read when they are first asked for.
+
+    Attributes
+    ----------
+    study : lib.params.Study
+    release : lib.data.release.Release
+    store : lib.data.store.Store
+        Its films, row by row.
+    films : DataFrame
+        The release's; the index is the row in the store.
+    label : str
+        What every table and figure says its numbers were measured on.
+    interval : str
+        How intervals are made, for captions.
+    exact : bool
+        Whether the pixels of every lesion, lung and marker are known.
+    """
+
+    def __init__(self, study: Study, changed: set[str] = frozenset()):
+        self.study, self.changed = study, changed
+        self.label, self.exact = study.data_label, RELEASES[study.release].exact
+        self.interval = f"percentile bootstrap over patients, {study.n_replicates} replicates"
+
+    @cached_property
+    def _data(self):
+        return open_data(self.study)
+
+    release = property(lambda self: self._data[0])
+    store = property(lambda self: self._data[1])
+    films = property(lambda self: self.release.films)
+
+    def rows(self, split: str) -> np.ndarray:
+        """Rows of the films of 'train', 'val' or 'test', or of 'all'."""
+        return self.store.rows(split)
+
+    def images(self, rows, size: int = 256) -> np.ndarray:
+        """Films to look at, straight from their files, uint8 (N, size, size)."""
+        return read_films(self.films.loc[rows, "path"], size)
+
+    def truth(self, what: str, rows) -> list:
+        """What is known of simulated films to the pixel: 'lesions' (a mask a finding), 'lungs' or 'marker', film by
+        film; see the functions of `data.phantom.films`."""
+        from lib.data.phantom import films
+
+        read = {"lesions": films.read_lesion_masks, "lungs": films.read_lung_mask, "marker": films.read_marker_mask}[
+            what
+        ]
+        return [read(self.study.release_folder, image) for image in self.films.loc[rows, "image"]]
+
+    def subject(self, run: Run | str) -> "Subject":
+        """A run of this study on the films that are open already; by name with the first seed."""
+        return Subject(self.study.run(run) if isinstance(run, str) else run, self)
+
+    def cams_by_loss(
+        self, task: str, backbone: str, losses: list[str], images: pd.DataFrame, size: int = 256
+    ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+        """What the runs of every loss see in the same pairs; the first seed of each.
+
+        Parameters
+        ----------
+        images : DataFrame
+            image, class: pairs that have boxes. For the binary task its only class stands for every class.
+
+        Returns
+        -------
+        pairs : DataFrame
+            Of `analysis.pairs.box_pairs`, P rows.
+        maps : float (P, losses, size, size)
+            See `analysis.alignment.pair_cams`; NaN for a loss without a run.
+        probabilities : float (P, losses)
+        """
+        subjects = {
+            loss: self.subject(name) for loss in losses if (name := f"{task}-{backbone}-{loss}") in self.study.runs
+        }
+        one = next(iter(subjects.values()))
+        wanted = (
+            images[["image", "class"]]
+            if len(one.classes) > 1
+            else images[["image"]].assign(**{"class": one.classes[0]})
+        )
+        pairs = wanted.drop_duplicates().merge(box_pairs(self.films, one.boxes, one.classes), on=["image", "class"])
+        maps = np.full((len(pairs), len(losses), size, size), np.nan)
+        probabilities = np.full((len(pairs), len(losses)), np.nan)
+        for loss, subject in subjects.items():
+            outputs, column = subject.outputs(pairs["row"].unique(), subject.layer, batch_size=8), losses.index(loss)
+            options = {"layer": subject.layer, "size": size, "method": subject.run.cam_method}
+            maps[:, column], probabilities[:, column] = pair_cams(outputs, pairs, subject.model.head, **options)
+        return pairs, maps, probabilities
+
+    def path(self, name: str) -> Path:
+        """Where a result of the whole study goes."""
+        return self.study.folder / name
+
+    def _repr_markdown_(self):
+        study = self.study
+        seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
+        return (
+            f"Study **{study.study}**: {len(study.runs)} runs, {seeds} each, films of {study.image_size} px. "
+            f"{self.label}.{_differences(study, self.changed)}"
+        )
+
+
+class Subject:
+    """An opened run: what a lens looks at. Model and films are loaded when they are first asked for.
+
+    Attributes
+    ----------
+    run : lib.params.Run
+    data : OpenStudy
+        Its `release`, `store`, `films`, `label`, `interval`, `exact`, `rows` and `images` are also the subject's own.
+    model : lib.models.Classifier
+        Trained, on `device`, in evaluation mode.
+    layer : str
+        The one whose maps CAM reads.
+    targets : uint8 (N, C)
+        Of all films, for the run's task.
+    classes : list of str
+    boxes : DataFrame
+        image, class, x1, y1, x2, y2 in pixels of the films that the model sees.
+    """
+
+    def __init__(self, run: Run, data: OpenStudy):
+        self.run, self.data = run, data
+        self.name, self.task = run.name, run.task
+        self.label, self.interval, self.exact = data.label, data.interval, data.exact
+        self.device = choose_device(run.device)
+        changed = sorted(data.changed & Analysis.model_fields.keys())
+        self.folder = run.run_folder.joinpath(*["-".join(_said(run, key) for key in changed)] if changed else [])
+
+    release = property(lambda self: self.data.release)
+    store = property(lambda self: self.data.store)
+    films = property(lambda self: self.data.films)
+    targets = property(lambda self: self._task[0])
+    classes = property(lambda self: self._task[1])
+
+    def rows(self, split: str) -> np.ndarray:
+        """See `OpenStudy.rows`."""
+        return self.data.rows(split)
+
+    def images(self, rows, size: int = 256) -> np.ndarray:
+        """See `OpenStudy.images`."""
+        return self.data.images(rows, size)
+
+    @cached_property
+    def _task(self):
+        return task_targets(self.release.targets, self.task, self.run.no_finding_output)
+
+    @cached_property
+    def model(self) -> Classifier:
+        require_trained(self.run)
+        return load_model(self.run.weights_path, self.run.backbone, self.run.n_outputs).to(self.device)
+
+    @cached_property
+    def layer(self) -> str:
+        return self.run.cam_layer or layers(self.run.backbone)[0]
+
+    @cached_property
+    def dissection(self) -> tuple[str, float]:
+        """The layer that is dissected, and q."""
+        _, layer, q = layers(self.run.backbone)
+        return self.run.dissection_layer or layer, self.run.dissection_quantile or q
+
+    @cached_property
+    def boxes(self) -> pd.DataFrame:
+        return film_boxes(task_boxes(self.release.boxes, self.task), self.run.image_size)
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """Every (film, class) with boxes among the films that `annotated` says, see `analysis.pairs.box_pairs`."""
+        pairs = box_pairs(self.films.loc[self.rows(self.run.annotated)], self.boxes, self.classes)
+        if not len(pairs):
+            raise ReleaseError(
+                f"{self.release.root}: no film of split {self.run.annotated} has a box of "
+                f"{', '.join(self.classes)}; see "
+                "the release's list of boxes, and the parameter annotated"
+            )
+        return pairs
+
+    @cached_property
+    def regions(self) -> pd.DataFrame:
+        """The annotated films with their boxes of every class together, as one pair a film."""
+        films, boxes = self.films.loc[self.rows(self.run.annotated)], task_boxes(self.release.boxes, "binary")
+        return box_pairs(films, film_boxes(boxes, self.run.image_size), [UNHEALTHY])
+
+    def batches(self, rows, batch_size: int | None = None) -> Iterator:
+        """Whole films in order, as the model sees them, on its device; by default in batches of `batch_size`."""
+        options = {"image_size": self.run.image_size, "batch_size": batch_size or self.run.batch_size}
+        return evaluation_batches(self.store, np.asarray(rows), self.targets, device=self.device, **options)
+
+    def outputs(self, rows, *layers: str, batch_size: int | None = None) -> Iterator[Output]:
+        """One forward pass over the films: logits and the maps of `layers`, see `analysis.inference.stream`."""
+        return stream(self.model, self.batches(rows, batch_size), list(layers))
+
+    @cached_property
+    def siblings(self) -> dict[str, "Subject"]:
+        """The trained runs that differ from this one in the loss alone, by loss; this one is among them."""
+        others = {run.loss: self if run == self.run else Subject(run, self.data) for run in self.run.siblings}
+        return {loss: other for loss, other in others.items() if is_trained(other.run)}
+
+    def path(self, name: str) -> Path:
+        """Where a result goes: the run's folder; with other options than the study's, a folder there named by them."""
+        return self.folder / name
+
+    def _repr_markdown_(self):
+        run = self.run
+        if is_trained(run):
+            films = f"{len(self.films):,} films of {run.image_size} px, {len(self.rows('test')):,} of them test films"
+            what = f"{films}; weights of the {run.checkpoint} epoch; CAM reads `{self.layer}`"
+        else:
+            batches = f"{run.epochs} epochs of batches of {run.batch_size} at {run.image_size} px"
+            what = f"to be trained, {batches}, from init {run.init}"
+        differs = _differences(run, self.data.changed)
+        return f"**{self.name}**, seed {run.seed}, study {run.study}: {what}. {self.label}.{differs}"
+
+
+class CheXNet(Subject):
+    """The public CheXNet checkpoint in the place of a run: its own classes, on the films of the study."""
+
+    def __init__(self, run: Run, data: OpenStudy):
+        super().__init__(run, data)
+        self.name, self.task, self.folder = "CheXNet", "multilabel", run.folder / "chexnet"
+        self.layer = layers("densenet121")[0]
+
+    classes = list(CHEXNET_CLASSES)
+
+    @cached_property
+    def model(self) -> Classifier:
+        return load_chexnet(self.run.chexnet_files["chexnet"]).to(self.device)
+
+
+def _said(parameters, key):
+    value = getattr(parameters, key)
+    value = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{key}={''.join(letter if letter.isalnum() or letter in '._' else '_' for letter in value) or 'own'}"
+
+
+def _differences(parameters, changed):
+    """What differs from the defaults, in words: what the study's file says, and what was given on top of it."""
+    named = {
+        *Run.__annotations__,
+        "study",
+        "runs",
+        "seeds",
+        "release",
+        "data_root",
+        "companions",
+        "attribution",
+        "features",
+    }
+    default = {key: field.default for key, field in type(parameters).model_fields.items()}
+    default["init"] = RELEASES[parameters.release].init
+    other = {key for key in default if getattr(parameters, key) != default[key]} - named
+    parts = (("Other than by default", other - changed), ("Other than the study's file says", changed - named))
+    return "".join(
+        f" {text}: {', '.join(f'{key} {getattr(parameters, key)}' for key in sorted(keys))}."
+        for text, keys in parts
+        if keys
+    )
+
+
+# ---- what a trained run is
+
+
+def require_trained(run: Run) -> dict:
+    """The record of a finished run with these very parameters.
+
+    Raises
+    ------
+    TrainingError
+        The run is not trained, not finished, or was trained with other parameters than `run` has; they are named.
+    """
+    path = run.run_folder / "run.json"
+    if not path.is_file() or not run.weights_path.is_file():
+        raise TrainingError(
+            f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. "
+            "Run 01_train with these parameters first"
+        )
+    record = records.read_json(path)
+    changed = differences(recorded_identity(record), run.identity)
+    if record["status"] != "finished" or changed:
+        fault = f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}"
+        raise TrainingError(f"{path}: {fault}. Run 01_train with these parameters first")
+    return record
+
+
+def is_trained(run: Run) -> bool:
+    """Whether `run` is finished with these very parameters."""
+    try:
+        require_trained(run)
+    except TrainingError:
+        return False
+    return True
+
+
+def recorded_identity(record: Mapping) -> dict:
+    """What the weights of a record follow from: its parameters, of which one that is younger has its default, and
+    files."""
+    known = {key: value for key, value in record["parameters"].items() if value is not None}
+    return {key: known.get(key, Run.model_fields[key].default) for key in IDENTITY} | {
+        key: value for key, value in record["identity"].items() if key not in IDENTITY
+    }
+
+
+def differences(old: Mapping, new: Mapping) -> str:
+    """What differs among the entries of `new`, in words."""
+    return ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in sorted(new) if old.get(key) != new[key])

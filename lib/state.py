@@ -1,0 +1,121 @@
+"""Generations of training state: what a killed run carries on from, and what a finished one needs to stay finished.
+
+While a run trains, `state/epoch-<n>-<digest>.pt` of its two latest epochs lie in its folder. When it is finished only
+`state/finished.json` is left: workflow engines remove what a job is to make before they run it again, so a run whose
+study file was touched would otherwise be trained anew.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from lib import records
+from lib.params import Run
+from lib.runs import RESULTS, differences, recorded_identity
+
+FINISHED = "finished.json"
+
+
+def write_state(state: dict, folder: Path) -> None:
+    """Write a generation of the training state and drop all but the two latest.
+
+    The digest of the bytes is part of the name, so a file that was cut short or changed is never taken for a state.
+
+    Raises
+    ------
+    OSError
+        The disk is full; the generations before are untouched.
+    """
+    with records.atomic(folder / "writing.pt") as temporary:
+        with open(temporary, "wb") as file:  # given a path, torch.save reports a full disk as an error of its own
+            torch.save(state, file)
+        name = f"epoch-{state['epoch']:05d}-{digest(temporary)}.pt"
+    os.replace(folder / "writing.pt", folder / name)
+    for old in _generations(folder)[:-2]:
+        old.unlink()
+
+
+def latest_state(folder: Path, identity: Mapping) -> dict | None:
+    """The latest whole state in `folder` that belongs to `identity`, or None; what is passed over is said."""
+    for path in reversed(_generations(folder)):
+        if not _whole(path):
+            print(f"{path.name} is damaged and is passed over", flush=True)
+            continue
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        changed = differences(recorded_identity(state["record"]), identity)
+        if not changed:
+            return state
+        print(f"the saved state was trained with other parameters ({changed}): training starts over", flush=True)
+        return None
+    return None
+
+
+def discard_rest(run_folder: Path, state: dict | None) -> None:
+    """Remove what a killed process left half-written, and the saved states that cannot follow on `state`: the damaged,
+    and those of other parameters. Left in place they would count among the two latest."""
+    whole = [path for path in _generations(run_folder / "state") if state is not None and _whole(path)]
+    for path in [*(run_folder / "state").glob("*"), *_half_written(run_folder)]:
+        if path not in whole:
+            path.unlink()
+
+
+def finish(run: Run, record: dict, history: list[dict]) -> pd.DataFrame:
+    """Keep a copy of a finished run's record and history, write both, and drop the states it was trained with.
+
+    The copy comes first: whatever comes after can be done again from it, see `finished_history`.
+    """
+    records.write_json({"record": record, "history": history}, run.run_folder / "state" / FINISHED)
+    return _publish(run, record, history)
+
+
+def finished_history(run: Run, identity: Mapping) -> pd.DataFrame | None:
+    """The rows of training.csv if `run` is finished with this very identity, else None.
+
+    What has been removed since, or was not reached by a process that was killed while it finished, is done again.
+    """
+    record, history, *weights = (run.run_folder / name for name in RESULTS)
+    kept = run.run_folder / "state" / FINISHED
+    if not all(path.is_file() for path in weights):
+        return None
+    if kept.is_file():
+        known = records.read_json(kept)
+    elif record.is_file() and history.is_file():  # a run of the time before there were copies
+        known = {"record": records.read_json(record), "history": records.read_table(history).to_dict("records")}
+    else:
+        return None
+    if known["record"]["status"] != "finished" or differences(recorded_identity(known["record"]), identity):
+        return None
+    return _publish(run, **known)
+
+
+def _publish(run, record, history):
+    table, paths = pd.DataFrame(history), [run.run_folder / name for name in RESULTS[:2]]
+    if not paths[0].is_file() or records.read_json(paths[0]) != record:
+        records.write_json(record, paths[0])
+    if not paths[1].is_file() or len(records.read_table(paths[1])) != len(table):
+        records.write_table(table, paths[1])
+    for path in [*_generations(run.run_folder / "state"), *_half_written(run.run_folder)]:
+        path.unlink()
+    return records.read_table(paths[1])
+
+
+def digest(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _generations(folder):
+    return sorted(folder.glob("epoch-*.pt"))
+
+
+def _half_written(run_folder):
+    return [left for name in RESULTS for left in run_folder.glob(f".{name}.*")]
+
+
+def _whole(path):
+    return path.stem.rpartition("-")[2] == digest(path)
