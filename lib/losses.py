@@ -206,14 +206,3 @@ def _warn_one_sided(loss: str, n_positive: np.ndarray, n_negative: np.ndarray, e
     outputs = np.flatnonzero((n_positive == 0) | (n_negative == 0)).tolist()
     if outputs:
         warnings.warn(f"{loss}: outputs {outputs} have training films of one label only; {effect}", stacklevel=4)
-
-
-def loss_weights(loss, n_positive, n_negative, *, alpha=0.25, gamma=2.0, beta=0.9999, scheme="paper", scale="global", counts="train"):  # TEMPORARY until training.py uses make_loss
-    from types import SimpleNamespace as N
-    c = make_loss(loss, n_positive, n_negative, N(alpha=alpha, gamma=gamma, beta=beta, wbce_scheme=scheme, wbce_counts=counts, cb_scale=scale))
-    k = c.constants
-    return N(criterion=c, positive=np.array(k["positive"]), negative=np.array(k["negative"]), gamma=k["gamma"], scale=k["scale"], batch_scheme=k["batch_scheme"])
-
-
-def imbalance_loss(logits, targets, weights, reduction="mean"):  # TEMPORARY
-    return weights.criterion(logits, targets).mean()

@@ -5,14 +5,18 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.params import Study
 
 
 @contextmanager
-def atomic(path):
+def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success flush it to disk and move it into place, on failure
     remove it.
 
@@ -72,7 +76,7 @@ def _umask():
     return mask
 
 
-def write_table(frame, path):
+def write_table(frame: pd.DataFrame, path: str | Path) -> None:
     """Write a tidy table, atomically: csv or parquet by the suffix of `path`, without the index."""
     with atomic(path) as temporary:
         if Path(path).suffix == ".parquet":
@@ -81,12 +85,12 @@ def write_table(frame, path):
             frame.to_csv(temporary, index=False)
 
 
-def read_table(path):
+def read_table(path: str | Path) -> pd.DataFrame:
     """Read a table written by `write_table`."""
     return pd.read_parquet(path) if Path(path).suffix == ".parquet" else pd.read_csv(path)
 
 
-def read_runs(study, name):
+def read_runs(study: Study, name: str) -> pd.DataFrame:
     """One table from every run of a study, stacked, with the run's task, backbone, loss and seed in front.
 
     Parameters
@@ -115,7 +119,7 @@ def read_runs(study, name):
     )
 
 
-def write_text(text, path):
+def write_text(text: str, path: str | Path) -> None:
     """Write a text file, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -128,17 +132,17 @@ def write_paper_table(table: pd.DataFrame, path: str | Path, markdown: str, late
     write_text(latex, f"{path}.tex")
 
 
-def write_json(record, path):
+def write_json(record: dict, path: str | Path) -> None:
     """Write a dictionary of plain values as indented JSON, atomically. NaN is refused: JSON has none."""
     write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", path)
 
 
-def read_json(path):
+def read_json(path: str | Path) -> dict:
     """Read a dictionary written by `write_json`."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def write_figure(figure, path, dpi=200):
+def write_figure(figure: Figure, path: str | Path, dpi: int = 200) -> None:
     """Write a matplotlib figure as PNG and as PDF beside it, atomically. `path` has no suffix."""
     for suffix in (".png", ".pdf"):
         with atomic(Path(path).with_suffix(suffix)) as temporary:

@@ -10,7 +10,8 @@ from torch import nn
 
 from lib.analysis import cam
 from lib.analysis.inference import Output, is_pooled, layer_maps
-from lib.analysis.localization import soft_overlap
+from lib.analysis.localization import METRICS, soft_overlap
+from lib.analysis.statistics import mean_interval, paired_difference
 
 
 def align(
@@ -45,9 +46,9 @@ def align(
     Returns
     -------
     DataFrame
-        image, patient, class, (box,) n_boxes, box_area, cam_mass, iobb, ior, iou, logit; a row per pair, in the order
-        of the outputs. With other boxes also iobb_other and ior_other. Last, what they depend on: layer, method,
-        rounding.
+        image, patient, class, (box,) n_boxes, box_area, cam_mass, a column for each of `localization.METRICS`, logit; a
+        row per pair, in the order of the outputs. With other boxes also <metric>_other, of the metrics that have a
+        chance. Last, what they depend on: layer, method, rounding.
 
     Raises
     ------
@@ -62,7 +63,8 @@ def align(
     if restrict not in (None, "predicted"):
         raise ValueError(f"restrict must be 'predicted' or None, got {restrict!r}")
     by_row, parts = dict(list(pairs.groupby("row"))), []
-    columns = ["image", "patient", "class", *(["box"] if "box" in pairs else []), "n_boxes"]
+    given = ["image", "patient", "class", *(["box"] if "box" in pairs else []), "n_boxes"]
+    against = compared() if "other" in pairs else []
     for output in outputs:
         found = [
             (position, by_row[row]) for position, row in enumerate(np.asarray(output.rows).tolist()) if row in by_row
@@ -79,14 +81,50 @@ def align(
         maps = cam.normalise(raw).cpu()
         overlap = soft_overlap(maps, list(chosen["boxes"]), image_size, rounding=rounding)
         overlap["logit"] = output.logits.cpu()[position, classes].numpy()
-        if "other" in chosen:
+        if against:
             other = soft_overlap(maps, list(chosen["other"]), image_size, rounding=rounding)
-            overlap["iobb_other"], overlap["ior_other"] = other["iobb"], other["ior"]
-        parts.append(pd.concat([chosen[columns], overlap], axis=1))
-    columns += ["box_area", "cam_mass", "iobb", "ior", "iou", "logit"]
-    columns += ["iobb_other", "ior_other"] if "other" in pairs else []
+            overlap = overlap.join(other[against].add_suffix("_other"))
+        parts.append(pd.concat([chosen[given], overlap], axis=1))
+    columns = [*given, "box_area", "cam_mass", *METRICS, "logit", *(f"{metric}_other" for metric in against)]
     table = pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
     return table.assign(layer=layer, method=method, rounding=rounding)
+
+
+def compared() -> list[str]:
+    """The metrics of `localization.METRICS` that have a chance to be compared with."""
+    return [name for name, metric in METRICS.items() if metric.chance]
+
+
+def summary(alignment: pd.DataFrame, n_replicates: int) -> pd.DataFrame:
+    """What a run's maps reach over all pairs, and what the same maps reach elsewhere.
+
+    Parameters
+    ----------
+    alignment : DataFrame
+        Of `align`, of pairs `with_other_boxes`.
+    n_replicates : int
+        Of the bootstrap over patients, see `statistics.mean_interval`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each metric that has a chance, by its id: metric (as it is printed), point, low, high, n, n_skipped
+        (the mean with its interval); anywhere, what the same map would get if it were laid anywhere; other_film, what
+        it gets on the boxes of another film of the class; gain_point, gain_low, gain_high, the paired difference to
+        that.
+    """
+    rows, patients = [], alignment["patient"]
+    for name in compared():
+        own, other = alignment[name], alignment[f"{name}_other"]
+        mean = mean_interval(own, patients, n_replicates)._asdict()
+        gain = paired_difference(own, other, patients, n_replicates)._asdict()
+        rows.append(
+            {"metric": METRICS[name].label}
+            | {key: mean[key] for key in ("point", "low", "high", "n", "n_skipped")}
+            | {"anywhere": alignment[METRICS[name].chance].mean(), "other_film": other.mean()}
+            | {f"gain_{key}": gain[key] for key in ("point", "low", "high")}
+        )
+    return pd.DataFrame(rows, index=compared())
 
 
 def pooled_maps(output: Output, layer: str, head: nn.Linear) -> torch.Tensor:
@@ -104,7 +142,7 @@ def pooled_maps(output: Output, layer: str, head: nn.Linear) -> torch.Tensor:
 
 def pair_cams(
     outputs: Iterable[Output], pairs: pd.DataFrame, head: nn.Linear, *, layer: str, size: int, method: str = "cam"
-):
+) -> tuple[np.ndarray, np.ndarray]:
     """Class activation maps to look at: those of `pairs`, in [0, 1], resized to the film, with the predicted
     probabilities.
 
@@ -130,6 +168,6 @@ def pair_cams(
             position = torch.tensor([place[row] for row in pairs["row"].iloc[here]])
             classes = torch.tensor(pairs["output"].to_numpy()[here])
             raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, method)
-            maps[here] = cam.resize(cam.normalise(raw), size).clamp(0, 1).cpu().numpy()
+            maps[here] = cam.film_maps(raw, size).cpu().numpy()
             probabilities[here] = torch.sigmoid(output.logits.cpu().double()[position, classes]).numpy()
     return maps, probabilities

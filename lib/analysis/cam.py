@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-METHODS = ("cam", "grad", "gradpp", "xgrad", "hires", "layer")
-
 
 @torch.no_grad()
 def class_activation_maps(
@@ -26,7 +24,7 @@ def class_activation_maps(
         Feature maps that the pooling sees. May be signed.
     weights : float (C, F)
         Weight of the linear head, one row a class.
-    method : {'cam', 'grad', 'gradpp', 'xgrad', 'hires', 'layer'}
+    method : a key of `METHODS`
         With ``g = W / (h w)`` and ``S_k = sum_xy A_k``: 'cam' ``w = W``; 'grad' (mean gradient) ``w = g``; 'gradpp'
         ``w = h w relu(g) a``, ``a = g^2 / (2 g^2 + S g^3)``, 0 where the denominator or g is 0; 'xgrad' ``w = sum(g A)
         / S``, which is g, 0 where S is 0; 'hires' ``sum_k g_k A_k`` element by element; 'layer' ``sum_k relu(g_k)
@@ -49,7 +47,7 @@ def class_activation_maps(
     """
     _check(maps, weights, method, eps)
     batch, _, height, width = maps.shape
-    chosen = _channel_weights(maps, weights.to(maps), method, eps)
+    chosen = METHODS[method](maps, weights.to(maps), eps)
     if features is not None:
         chosen = chosen * feature_mask(features, *weights.shape).to(chosen)
     raw = chosen @ maps.flatten(2)
@@ -76,8 +74,7 @@ def channel_contributions(maps: Tensor, weights: Tensor, method: str = "cam", *,
         As `class_activation_maps`.
     """
     _check(maps, weights, method, eps)
-    sums = maps.sum(dim=(2, 3))[:, None, :]
-    return _finite(_channel_weights(maps, weights.to(maps), method, eps) * sums, maps, weights)
+    return _finite(METHODS[method](maps, weights.to(maps), eps) * _sums(maps), maps, weights)
 
 
 @torch.no_grad()
@@ -115,9 +112,8 @@ def pair_maps(
         here = torch.nonzero(rows == row).flatten()
         film = maps[row : row + 1]
         chosen = weights[classes[here].to(weights.device)]
-        raw[here.to(raw.device)] = (_channel_weights(film, chosen, method, eps) @ film.flatten(2)).reshape(
-            len(here), height, width
-        )
+        found = METHODS[method](film, chosen, eps) @ film.flatten(2)
+        raw[here.to(raw.device)] = found.reshape(len(here), height, width)
     return _finite(raw, maps, weights)
 
 
@@ -125,8 +121,8 @@ def pair_maps(
 def normalise(raw: Tensor, rectify: bool = True) -> Tensor:
     """Each map to [0, 1] at its own size: negatives to 0 (unless ``rectify`` is False), then min-max.
 
-    A map without contrast (zero, constant, or constant up to rounding: a range of at most 8 machine epsilons of its
-    largest magnitude) becomes zeros. Min-max removes a positive floor.
+    A map without contrast (zero, constant, or constant up to rounding: what is left of it after the rectifier has a
+    range of at most 8 machine epsilons of its largest magnitude) becomes zeros. Min-max removes a positive floor.
 
     Parameters
     ----------
@@ -142,9 +138,9 @@ def normalise(raw: Tensor, rectify: bool = True) -> Tensor:
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         bad = torch.nonzero(~(torch.isfinite(low) & torch.isfinite(high)))[0].tolist()
         raise ValueError(f"map {bad} holds NaN or infinite values")
-    magnitude = torch.maximum(low.abs(), high.abs())
     if rectify:
         raw, low, high = raw.clamp(min=0), low.clamp(min=0), high.clamp(min=0)
+    magnitude = torch.maximum(low.abs(), high.abs())
     half = high / 2 - low / 2  # halves: high - low of a signed map may overflow
     flat = half * 2 <= 8 * torch.finfo(raw.dtype).eps * magnitude
     half = torch.where(flat, torch.ones_like(half), half)[..., None, None]
@@ -221,20 +217,41 @@ def gradpp_terms(grads: Tensor, sums: Tensor, eps: float = 0.0) -> Tensor:
     return torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator) * positive
 
 
-def _channel_weights(maps: Tensor, weights: Tensor, method: str, eps: float) -> Tensor:
-    """(C, F), or (B, C, F) where the weight of a channel depends on the film."""
-    if method == "cam":
-        return weights
-    area = maps.shape[2] * maps.shape[3]
-    grads = weights / area
-    if method in ("grad", "hires"):
-        return grads
-    if method == "layer":
-        return grads.clamp(min=0)
-    sums = maps.sum(dim=(2, 3))[:, None, :]
-    if method == "xgrad":
-        return torch.where(sums == 0, torch.zeros_like(sums), grads)
-    return area * gradpp_terms(grads, sums, eps)
+def _sums(maps: Tensor) -> Tensor:
+    return maps.sum(dim=(2, 3))[:, None, :]
+
+
+def _head(maps: Tensor, weights: Tensor, eps: float) -> Tensor:
+    return weights
+
+
+def _gradient(maps: Tensor, weights: Tensor, eps: float) -> Tensor:
+    return weights / (maps.shape[2] * maps.shape[3])
+
+
+def _positive_gradient(maps: Tensor, weights: Tensor, eps: float) -> Tensor:
+    return _gradient(maps, weights, eps).clamp(min=0)
+
+
+def _xgrad(maps: Tensor, weights: Tensor, eps: float) -> Tensor:
+    sums = _sums(maps)
+    return torch.where(sums == 0, torch.zeros_like(sums), _gradient(maps, weights, eps))
+
+
+def _gradpp(maps: Tensor, weights: Tensor, eps: float) -> Tensor:
+    return maps.shape[2] * maps.shape[3] * gradpp_terms(_gradient(maps, weights, eps), _sums(maps), eps)
+
+
+# The closed forms, see `class_activation_maps`: the weights of the channels, (C, F), or (B, C, F) where they depend on
+# the film.
+METHODS = {
+    "cam": _head,
+    "grad": _gradient,
+    "gradpp": _gradpp,
+    "xgrad": _xgrad,
+    "hires": _gradient,
+    "layer": _positive_gradient,
+}
 
 
 def _check(maps: Tensor, weights: Tensor, method: str, eps: float) -> None:

@@ -1,12 +1,14 @@
 """A study's runs side by side: means of each run with intervals, and paired differences to the BCE run of the same task
 and backbone.
 
-Records are first averaged over seeds, film by film; the bootstrap then draws patients, the same ones in every run.
+Every seed of a run is scored by itself, and what is reported is the mean over seeds (not the score of the seeds'
+ensemble, which is another quantity). The bootstrap draws patients, the same ones for every seed and every run.
 """
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 
 from lib.analysis.metrics import classification_metrics, metric_differences
 from lib.analysis.statistics import mean_interval, paired_difference
@@ -16,7 +18,9 @@ BASELINE = "bce"
 DIFFERENT = "were evaluated on different films or classes: run both again on the same release"
 
 
-def record_means(records, metrics, key, *, n_replicates, seed=0):
+def record_means(
+    records: pd.DataFrame, metrics: Sequence[str], key: Sequence[str], *, n_replicates: int, seed: int = 0
+) -> pd.DataFrame:
     """Mean of per-film records for every run.
 
     Parameters
@@ -32,28 +36,25 @@ def record_means(records, metrics, key, *, n_replicates, seed=0):
     Returns
     -------
     DataFrame
-        task, backbone, loss, metric, value, ci_low, ci_high, n (records), n_skipped (undefined records), seeds.
+        task, backbone, loss, metric, value, ci_low, ci_high, n (records), n_skipped (undefined records), seeds. Where
+        seeds leave out different records, n and n_skipped are those of the seed that leaves out most.
+
+    Raises
+    ------
+    ValueError
+        The seeds of a run have records of different films.
     """
     rows = []
     for (run, frame), metric in ((item, metric) for item in records.groupby(RUN, sort=False) for metric in metrics):
-        mean = _over_seeds(frame, metric, key)
-        interval = mean_interval(mean[metric], mean["patient"], n_replicates, seed)
-        rows.append(
-            (
-                *run,
-                metric,
-                interval.point,
-                interval.low,
-                interval.high,
-                interval.n,
-                interval.n_skipped,
-                frame["seed"].nunique(),
-            )
-        )
+        values = _by_seed(frame, metric, key, run)
+        found = mean_interval(values.to_numpy().T, values.index.get_level_values("patient"), n_replicates, seed)
+        rows.append((*run, metric, found.point, found.low, found.high, found.n, found.n_skipped, values.shape[1]))
     return pd.DataFrame(rows, columns=[*RUN, "metric", "value", "ci_low", "ci_high", "n", "n_skipped", "seeds"])
 
 
-def record_differences(records, metrics, key, *, n_replicates, seed=0):
+def record_differences(
+    records: pd.DataFrame, metrics: Sequence[str], key: Sequence[str], *, n_replicates: int, seed: int = 0
+) -> pd.DataFrame:
     """Paired difference of every run to the BCE run of its task and backbone; arguments as in `record_means`.
 
     Returns
@@ -65,25 +66,22 @@ def record_differences(records, metrics, key, *, n_replicates, seed=0):
     Raises
     ------
     ValueError
-        A run and its BCE run have records of different films.
+        A run and its BCE run, or the seeds of one, have records of different films.
     """
     rows = []
     for run, frame, baseline in _beside_baseline(records):
         for metric in metrics:
-            mine, bce = _over_seeds(frame, metric, key), _over_seeds(baseline, metric, key)
-            pairs = mine.merge(bce, on=["patient", *key], suffixes=("", "_bce"))
-            if not len(mine) == len(bce) == len(pairs):
+            mine, bce = _by_seed(frame, metric, key, run), _by_seed(baseline, metric, key, run)
+            if not mine.index.equals(bce.index):
                 raise ValueError(f"{'-'.join(run)} and its BCE run {DIFFERENT}")
-            interval = paired_difference(pairs[metric], pairs[f"{metric}_bce"], pairs["patient"], n_replicates, seed)
-            rows.append((*run, metric, interval.point, interval.low, interval.high))
+            patients = mine.index.get_level_values("patient")
+            found = paired_difference(mine.to_numpy().T, bce.to_numpy().T, patients, n_replicates, seed)
+            rows.append((*run, metric, found.point, found.low, found.high))
     return pd.DataFrame(rows, columns=[*RUN, "metric", "difference", "ci_low", "ci_high"])
 
 
-def prediction_differences(predictions, *, n_replicates, seed=0):
+def prediction_differences(predictions: pd.DataFrame, *, n_replicates: int, seed: int = 0) -> pd.DataFrame:
     """Paired differences of macro AUROC, AP and mean probability to the BCE run, from predictions of all runs.
-
-    Seeds are averaged as probabilities, before the metric: the difference is that of the seeds' ensemble. With one seed
-    it is the run's.
 
     Parameters
     ----------
@@ -98,7 +96,7 @@ def prediction_differences(predictions, *, n_replicates, seed=0):
     Raises
     ------
     ValueError
-        A run and its BCE run were evaluated on different films or classes.
+        A run and its BCE run, or the seeds of one, were evaluated on different films or classes.
     """
     rows = []
     for run, frame, baseline in _beside_baseline(predictions):
@@ -116,66 +114,46 @@ def prediction_differences(predictions, *, n_replicates, seed=0):
     return pd.DataFrame(rows, columns=[*RUN, "metric", "difference", "ci_low", "ci_high"])
 
 
-def prediction_metrics(predictions, *, n_replicates, seed=0):
-    """Metrics of every run by class, as `metrics.classification_metrics`, with the run's task, backbone and loss in
-    front."""
+def prediction_metrics(predictions: pd.DataFrame, *, n_replicates: int, seed: int = 0) -> pd.DataFrame:
+    """Metrics of every run by class, as `metrics.classification_metrics`, with the run's task, backbone and loss
+    behind."""
     parts = []
     for run, frame in predictions.groupby(RUN, sort=False):
         logits, targets, classes, patients = prediction_arrays(frame)
-        parts.append(
-            classification_metrics(logits, targets, classes, patients, n_replicates, seed).assign(
-                **dict(zip(RUN, run, strict=True))
-            )
-        )
+        metrics = classification_metrics(logits, targets, classes, patients, n_replicates, seed)
+        parts.append(metrics.assign(**dict(zip(RUN, run, strict=True))))
     return pd.concat(parts, ignore_index=True)
 
 
-def typical_pairs(alignment, *, per_class=1):
-    """The most typical pairs of film and class: those whose IoBB, averaged over all runs given, lies nearest the median
-    of their class.
-
-    Parameters
-    ----------
-    alignment : DataFrame
-        image, class, iobb of any number of runs of one task.
-    per_class : int
-
-    Returns
-    -------
-    DataFrame
-        image, class, iobb; sorted by class.
-    """
-    mean = alignment.groupby(["image", "class"], as_index=False)["iobb"].mean().dropna()
-    distance = (mean["iobb"] - mean.groupby("class")["iobb"].transform("median")).abs()
-    nearest = (
-        mean.assign(distance=distance).sort_values(["class", "distance", "image"]).groupby("class").head(per_class)
-    )
-    return nearest.drop(columns="distance").reset_index(drop=True)
-
-
-def prediction_arrays(predictions):
-    """Logits (N, M), targets (N, M), classes and patients (N,) of one run's predictions; several seeds become their
-    mean probability's logit."""
-    classes = list(dict.fromkeys(predictions["class"]))
-    if "seed" in predictions and predictions["seed"].nunique() > 1:
-        mean = predictions.assign(p=expit(predictions["logit"].astype(np.float64)))
-        mean = mean.groupby(["image", "patient", "class", "target"], sort=False, as_index=False)["p"].mean()
-        p = mean["p"].clip(1e-300, 1 - 1e-16)
-        predictions = mean.assign(logit=np.log(p) - np.log1p(-p))
-    wide = predictions.pivot(index=["image", "patient"], columns="class", values=["logit", "target"])
+def prediction_arrays(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
+    """Logits (S, N, M), targets (N, M), classes and patients (N,) of the predictions of one run's S seeds; ValueError
+    where the seeds were evaluated on different films or classes."""
+    classes, columns = list(dict.fromkeys(predictions["class"])), ["logit", "target"]
+    seeds = [
+        part.pivot(index=["image", "patient"], columns="class", values=columns)
+        for _, part in predictions.groupby("seed")
+    ]
+    first = seeds[0]
+    if not all(wide["target"].equals(first["target"]) for wide in seeds):
+        raise ValueError(f"the seeds of {'-'.join(predictions[RUN].iloc[0])} {DIFFERENT}")
     return (
-        wide["logit"][classes].to_numpy(np.float64),
-        wide["target"][classes].to_numpy(np.int64),
+        np.stack([wide["logit"][classes].to_numpy(np.float64) for wide in seeds]),
+        first["target"][classes].to_numpy(np.int64),
         classes,
-        wide.index.get_level_values("patient").to_numpy(),
+        first.index.get_level_values("patient").to_numpy(),
     )
 
 
-def _over_seeds(frame, metric, key):
-    return frame.groupby(["patient", *key], sort=True, as_index=False)[metric].mean()
+def _by_seed(frame: pd.DataFrame, metric: str, key: Sequence[str], run: Sequence[str]) -> pd.DataFrame:
+    """One metric of a run's records, a column for each seed; indexed by patient and `key`, sorted."""
+    wide = frame.pivot(index=["patient", *key], columns="seed", values=metric)
+    if len(frame) != wide.size:  # a record that one seed has and another has not
+        raise ValueError(f"the seeds of {'-'.join(run)} {DIFFERENT}")
+    return wide.astype(np.float64)
 
 
-def _beside_baseline(frame):
+def _beside_baseline(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame, pd.DataFrame]]:
+    """(run, its rows, those of the BCE run of its task and backbone), of every other run that has one."""
     for (task, backbone), runs in frame.groupby(RUN[:2], sort=False):
         baseline = runs[runs["loss"] == BASELINE]
         for loss, rows in runs.groupby("loss", sort=False):

@@ -2,22 +2,89 @@
 threshold (Nam & Lee).
 
 Bilinear resampling is linear and separable, ``resized = Wy L Wx^T``, so the sum of the resized map over a rectangle of
-pixels is
-``r^T L c`` with the sums ``r``, ``c`` of the interpolation weights over the rectangle's rows and columns. A union of
-boxes is first cut into disjoint rectangles.
+pixels is ``r^T L c`` with the sums ``r``, ``c`` of the interpolation weights over the rectangle's rows and columns. A
+union of boxes is first cut into disjoint rectangles.
+
+To add a metric, write a function of an `Overlap` and name it in `METRICS`: it becomes a column of `soft_overlap`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lib.analysis.cam import resize
 
-COLUMNS = ["iobb", "ior", "iou", "box_area", "cam_mass"]
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """P maps with their boxes, as a metric reads them.
+
+    Attributes
+    ----------
+    cams : ndarray of float64, (P, h, w)
+        Maps in [0, 1] at native size.
+    boxes : sequence of P arrays (K, 4)
+        In pixels of the film of side `image_size`; `rounding` as in `pixel_boxes`.
+    inside, mass, area : ndarray of float64, (P,)
+        Over the pixels of the film: sum of the resampled map within the boxes, sum of all of it, pixels in the boxes.
+    """
+
+    cams: np.ndarray
+    boxes: Sequence
+    image_size: int
+    rounding: str
+    inside: np.ndarray
+    mass: np.ndarray
+    area: np.ndarray
+
+    def films(self) -> np.ndarray:
+        """The maps resampled to the film, float64 (P, image_size, image_size)."""
+        return resize(torch.from_numpy(self.cams), self.image_size).numpy()
+
+    def masks(self) -> np.ndarray:
+        """The union of each map's boxes, bool (P, image_size, image_size)."""
+        return box_masks(self.boxes, self.image_size, rounding=self.rounding)
+
+
+def iobb(overlap: Overlap) -> np.ndarray:
+    """``sum(cam M) / sum(M)`` with the mask M of the boxes: 0 for a zero map."""
+    return overlap.inside / overlap.area
+
+
+def ior(overlap: Overlap) -> np.ndarray:
+    """``sum(cam M) / sum(cam)``: NaN for a zero map."""
+    return overlap.inside / overlap.mass
+
+
+def iou(overlap: Overlap) -> np.ndarray:
+    """``sum(cam M) / (sum(M) + sum(cam) - sum(cam M))``."""
+    return overlap.inside / (overlap.area + overlap.mass - overlap.inside)
+
+
+class Metric(NamedTuple):
+    """A localization metric: the name that tables print, what it says, its function, from `Overlap` to (P,), NaN where
+    it is undefined; and the column of `soft_overlap` that holds its value for a map laid anywhere. A metric without one
+    is recorded, but not compared with chance."""
+
+    label: str
+    meaning: str
+    score: Callable[[Overlap], np.ndarray]
+    chance: str | None = None
+
+
+METRICS = {
+    "iobb": Metric("IoBB", "share of the box that the map fills", iobb, chance="cam_mass"),
+    "ior": Metric("IoR", "share of the map that lies in the box", ior, chance="box_area"),
+    "iou": Metric("IoU", "what map and box share, of what they cover together", iou),
+}
 
 
 def soft_overlap(
@@ -31,13 +98,11 @@ def soft_overlap(
 ) -> pd.DataFrame:
     """Overlap of each pair's map with the union of that pair's boxes, on the map as it would be resampled to the film.
 
-    With M the union mask: ``iobb = sum(cam M) / sum(M)``, ``ior = sum(cam M) / sum(cam)``,
-    ``iou = sum(cam M) / (sum(M) + sum(cam) - sum(cam M))``. Equal to resampling bilinearly and summing, up to rounding;
-    sums in float64.
+    Equal to resampling bilinearly and summing, up to rounding; sums in float64.
 
     Parameters
     ----------
-    cams : float (P, h, w) in [0, 1]
+    cams : float (P, h, w) in [0, 1], of any precision
         Normalised maps at native size, one a (film, class) pair.
     boxes : sequence of P arrays (K, 4)
         x1, y1, x2, y2 in pixels of the film at ``image_size``, x2 and y2 exclusive; K may be 0 and differ between
@@ -53,9 +118,8 @@ def soft_overlap(
 
     Returns
     -------
-    DataFrame, one row a pair: iobb, ior, iou in [0, 1], box_area (share of the film), cam_mass (mean of the resampled
-    map). A pair whose boxes have no area in the film has NaN in all three overlaps. A zero map has iobb 0, iou 0, ior
-    NaN.
+    DataFrame, one row a pair: a column for each of `METRICS`, box_area (share of the film), cam_mass (mean of the
+    resampled map). A pair whose boxes have no area in the film has NaN in all metrics.
 
     Raises
     ------
@@ -67,15 +131,15 @@ def soft_overlap(
     if threshold is not None and not 0 < threshold <= 1:
         raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
     cams = torch.as_tensor(cams).detach().cpu()
+    cams = cams.to(torch.promote_types(cams.dtype, torch.float32))  # NumPy has no bfloat16
     if cams.ndim != 3 or len(cams) != len(boxes):
-        raise ValueError(
-            f"need maps (P, h, w) and one list of boxes a map, got {tuple(cams.shape)} and {len(boxes)} lists"
-        )
-    valid = ((cams >= 0) & (cams <= 1)).flatten(1).all(dim=1)
-    if not valid.all():
-        raise ValueError(f"map {int(torch.nonzero(~valid)[0])} leaves [0, 1] or holds NaN; normalise it first")
+        given = f"{tuple(cams.shape)} and {len(boxes)} lists"
+        raise ValueError(f"need maps (P, h, w) and one list of boxes a map, got {given}")
+    _check_unit(cams, "normalise it first")
+    if threshold is not None:
+        cams = resize(cams, image_size) >= threshold
 
-    pieces, owner = grouped_pixel_boxes(boxes, image_size, rounding=rounding)
+    pieces, owner = pixel_boxes(boxes, image_size, rounding=rounding)
     several = np.flatnonzero(np.bincount(owner, minlength=len(cams)) > 1)
     unions = [disjoint_rectangles(pieces[owner == pair]) for pair in several]
     single = ~np.isin(owner, several)
@@ -83,28 +147,22 @@ def soft_overlap(
     owner = np.concatenate([owner[single], np.repeat(several, [len(union) for union in unions])])
     area = _per_pair((pieces[:, 2] - pieces[:, 0]) * (pieces[:, 3] - pieces[:, 1]), owner, len(cams))
 
-    if threshold is None:
-        native = cams.numpy().astype(np.float64)
-        rows, columns = (_cumulative_weights(side, image_size) for side in native.shape[1:])
-        mass = np.einsum("phw,h,w->p", native, rows[-1], columns[-1], optimize=True)
-        r = rows[pieces[:, 3]] - rows[pieces[:, 1]]
-        c = columns[pieces[:, 2]] - columns[pieces[:, 0]]
-        inside = _per_pair(((r[:, None, :] @ native[owner])[:, 0] * c).sum(axis=1), owner, len(cams))
-    else:
-        inside, mass = np.zeros(len(cams)), np.zeros(len(cams))
-        for pair in range(len(cams)):
-            hard = (resize(cams[pair], image_size) >= threshold).numpy()
-            mass[pair] = hard.sum()
-            inside[pair] = sum(hard[y1:y2, x1:x2].sum() for x1, y1, x2, y2 in pieces[owner == pair])
-
+    native = cams.numpy().astype(np.float64)
+    rows, columns = (_cumulative_weights(side, image_size) for side in native.shape[1:])
+    mass = np.einsum("phw,h,w->p", native, rows[-1], columns[-1], optimize=True)
+    r = rows[pieces[:, 3]] - rows[pieces[:, 1]]
+    c = columns[pieces[:, 2]] - columns[pieces[:, 0]]
+    inside = _per_pair(((r[:, None, :] @ native[owner])[:, 0] * c).sum(axis=1), owner, len(cams))
     inside = np.clip(inside, 0, np.minimum(area, mass))
+
+    overlap = Overlap(native, boxes, image_size, rounding, inside, mass, area)
     with np.errstate(invalid="ignore", divide="ignore"):
-        table = np.stack([inside / area, inside / mass, inside / (area + mass - inside)], axis=1)
-    table[area == 0] = np.nan
+        table = pd.DataFrame(
+            {name: np.where(area > 0, metric.score(overlap), np.nan) for name, metric in METRICS.items()}
+        )
     if zero_policy == "zero":
-        table = np.nan_to_num(table, nan=0.0)
-    shares = np.stack([area, mass], axis=1) / image_size**2
-    return pd.DataFrame(np.concatenate([table, shares], axis=1), columns=COLUMNS)
+        table = table.fillna(0.0)
+    return table.assign(box_area=area / image_size**2, cam_mass=mass / image_size**2)
 
 
 def positive_part(maps: Tensor) -> Tensor:
@@ -177,13 +235,9 @@ def threshold_iou(
     """
     maps = torch.as_tensor(maps).detach()
     if maps.ndim != 3 or maps.shape[1:] != (image_size, image_size) or len(maps) != len(boxes):
-        raise ValueError(
-            f"need maps (P, {image_size}, {image_size}), resized to the film, and one list of boxes a map, "
-            f"got {tuple(maps.shape)} and {len(boxes)} lists"
-        )
-    valid = ((maps >= 0) & (maps <= 1)).flatten(1).all(dim=1)
-    if not valid.all():
-        raise ValueError(f"map {int(torch.nonzero(~valid)[0])} leaves [0, 1] or holds NaN; see positive_part")
+        need = f"need maps (P, {image_size}, {image_size}), resized to the film, and one list of boxes a map"
+        raise ValueError(f"{need}, got {tuple(maps.shape)} and {len(boxes)} lists")
+    _check_unit(maps, "see positive_part")
     masks = torch.from_numpy(box_masks(boxes, image_size, rounding=rounding)).to(maps.device)
 
     marked, both = [], []
@@ -212,7 +266,7 @@ def threshold_iou(
     return table.assign(empty_mask_iou=empty_mask_iou(area), box_area=area, mask_area=marked.ravel() / film)
 
 
-def empty_mask_iou(box_area):
+def empty_mask_iou(box_area: ArrayLike) -> np.ndarray:
     """The mean IoU over lesion and background of a map that marks nothing, ``(1 - box_area) / 2``: what a mean IoU has
     to beat.
 
@@ -221,12 +275,12 @@ def empty_mask_iou(box_area):
     return np.where(np.asarray(box_area) > 0, (1 - np.asarray(box_area, dtype=np.float64)) / 2, np.nan)
 
 
-def pixel_boxes(boxes, image_size: int, *, rounding: str = "outward") -> np.ndarray:
+def pixel_boxes(groups: Sequence, image_size: int, *, rounding: str = "outward") -> tuple[np.ndarray, np.ndarray]:
     """Boxes as whole pixels inside the film.
 
     Parameters
     ----------
-    boxes : float (K, 4)
+    groups : sequence of P float arrays (K, 4)
         x1, y1, x2, y2 in pixels, x2 and y2 exclusive.
     image_size : int
         Side of the film.
@@ -236,27 +290,20 @@ def pixel_boxes(boxes, image_size: int, *, rounding: str = "outward") -> np.ndar
 
     Returns
     -------
-    int64 (K', 4), clipped to [0, image_size]; boxes without area (x2 <= x1, wholly outside the film) are left out.
+    boxes : int64 (R, 4)
+        Of all groups, clipped to [0, image_size]; boxes without area (x2 <= x1, wholly outside the film) are left out.
+    owner : int64 (R,)
+        Index of each box's group.
     """
-    return grouped_pixel_boxes([boxes], image_size, rounding=rounding)[0]
-
-
-def grouped_pixel_boxes(
-    groups: Sequence, image_size: int, *, rounding: str = "outward"
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `pixel_boxes` for a sequence of (K, 4) arrays: all boxes (R, 4), and of each the index of its array, int64
-    (R,)."""
     groups = [np.asarray(boxes, dtype=np.float64) for boxes in groups]
     for index, boxes in enumerate(groups):
         if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
             raise ValueError(f"boxes must be (K, 4): x1, y1, x2, y2; got shape {boxes.shape} at {index}")
     owner = np.repeat(np.arange(len(groups)), [len(boxes) if boxes.size else 0 for boxes in groups])
     boxes = np.concatenate([boxes.reshape(-1, 4) for boxes in groups] + [np.empty((0, 4))])
-    if np.isnan(boxes).any():
-        raise ValueError(
-            f"a box at {owner[np.isnan(boxes).any(axis=1)][0]} holds NaN: "
-            f"{boxes[np.isnan(boxes).any(axis=1)][0].tolist()}"
-        )
+    bad = np.isnan(boxes).any(axis=1)
+    if bad.any():
+        raise ValueError(f"a box at {owner[bad][0]} holds NaN: {boxes[bad][0].tolist()}")
     whole = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     boxes = np.clip(boxes, 0, image_size)
     if rounding == "outward":
@@ -271,7 +318,7 @@ def grouped_pixel_boxes(
     return boxes[whole].astype(np.int64), owner[whole]
 
 
-def box_mask(boxes, image_size: int, *, rounding: str = "outward") -> np.ndarray:
+def box_mask(boxes: ArrayLike, image_size: int, *, rounding: str = "outward") -> np.ndarray:
     """Union of the boxes as a boolean (image_size, image_size) mask."""
     return box_masks([boxes], image_size, rounding=rounding)[0]
 
@@ -279,7 +326,7 @@ def box_mask(boxes, image_size: int, *, rounding: str = "outward") -> np.ndarray
 def box_masks(groups: Sequence, image_size: int, *, rounding: str = "outward") -> np.ndarray:
     """As `box_mask` for a sequence of P (K, 4) arrays: boolean (P, image_size, image_size)."""
     masks = np.zeros((len(groups), image_size, image_size), dtype=bool)
-    for (x1, y1, x2, y2), owner in zip(*grouped_pixel_boxes(groups, image_size, rounding=rounding)):
+    for (x1, y1, x2, y2), owner in zip(*pixel_boxes(groups, image_size, rounding=rounding)):
         masks[owner, y1:y2, x1:x2] = True
     return masks
 
@@ -300,6 +347,12 @@ def disjoint_rectangles(boxes: np.ndarray) -> np.ndarray:
                 pieces.append((left, top, right, bottom))
                 end = right
     return np.array(pieces, dtype=np.int64).reshape(-1, 4)
+
+
+def _check_unit(maps: Tensor, remedy: str) -> None:
+    valid = ((maps >= 0) & (maps <= 1)).flatten(1).all(dim=1)
+    if not valid.all():
+        raise ValueError(f"map {int(torch.nonzero(~valid)[0])} leaves [0, 1] or holds NaN; {remedy}")
 
 
 def _per_pair(values: np.ndarray, owner: np.ndarray, n_pairs: int) -> np.ndarray:

@@ -17,17 +17,9 @@ from lib.analysis.statistics import BLOCK, incidence, patient_replicates, percen
 METRICS = ("auroc", "ap", "mean_probability")
 NO_FINDING = "No Finding"
 N_BINS = 15
-COLUMNS = [
-    "class",
-    "n_positive",
-    "n_negative",
-    "prevalence",
-    *[column for metric in METRICS for column in (metric, f"{metric}_ci_low", f"{metric}_ci_high")],
-    "mean_probability_positives",
-    "mean_probability_negatives",
-    "brier",
-    "ece",
-]
+BOUNDED = [column for metric in METRICS for column in (metric, f"{metric}_ci_low", f"{metric}_ci_high")]
+SINGLE = ["mean_probability_positives", "mean_probability_negatives", "brier", "ece"]
+COLUMNS = ["class", "n_positive", "n_negative", "prevalence", *BOUNDED, *SINGLE]
 
 
 def classification_metrics(
@@ -38,11 +30,11 @@ def classification_metrics(
     n_replicates: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """All metrics of each class and of the class averages.
+    """All metrics of each class and of the class averages; of several seeds, the mean over seeds of each one's metrics.
 
     Parameters
     ----------
-    logits : array_like of float, (N, M)
+    logits : array_like of float, (N, M), or (S, N, M) of S seeds
         Before the sigmoid; finite.
     targets : array_like, (N, M)
         0 or 1.
@@ -58,7 +50,8 @@ def classification_metrics(
         One row a class, then 'Average' and, with 'No Finding' among the classes, 'Average (14 findings)'. Columns:
         class; n_positive, n_negative, prevalence; auroc, ap and mean_probability (over all films), each with its 95 %
         interval _ci_low and _ci_high; mean_probability_positives and _negatives; brier, the mean squared difference of
-        probability and target; ece, as in `calibration_curve`.
+        probability and target; ece, the expected calibration error: ``|mean probability - share of positives|``,
+        averaged over the films' bins, of which there are N_BINS of equal width (a bin holds its lower edge).
         A class with one label only has NaN AUROC and AP and no part in the averages. In the averages the counts are
         sums and everything else is the mean over classes.
 
@@ -69,78 +62,21 @@ def classification_metrics(
     """
     intervals = metric_intervals(logits, targets, classes, patients, n_replicates, seed)
     logits, targets = checked_predictions(logits, targets, classes)
-    probabilities = expit(logits)
     n_positive = targets.sum(axis=0)
-    n_negative = len(targets) - n_positive
-    frame = pd.DataFrame(
-        {
-            "class": list(classes),
-            "n_positive": n_positive,
-            "n_negative": n_negative,
-            "prevalence": n_positive / len(targets),
-            "mean_probability_positives": _mean_where(probabilities, targets),
-            "mean_probability_negatives": _mean_where(probabilities, ~targets),
-            "brier": ((probabilities - targets) ** 2).mean(axis=0),
-            "ece": [_calibration_error(probabilities[:, m], targets[:, m]) for m in range(len(classes))],
-        }
-    )
-    both = ((n_positive > 0) & (n_negative > 0)).tolist()
+    counts = {"n_positive": n_positive, "n_negative": len(targets) - n_positive}
+    frame = pd.DataFrame({"class": list(classes), **counts, "prevalence": n_positive / len(targets)})
+    frame[SINGLE] = np.mean([_probability_metrics(expit(one), targets) for one in logits], axis=0)
+    both = np.minimum(*counts.values()) > 0
     averages = []
     for name, columns in average_rows(classes).items():
         rows = frame.iloc[[column for column in columns if both[column]]].drop(columns="class")
-        averages.append(
-            {
-                "class": name,
-                **rows.mean(),
-                "n_positive": rows["n_positive"].sum(),
-                "n_negative": rows["n_negative"].sum(),
-            }
-        )
-    frame = pd.concat([frame, pd.DataFrame(averages)], ignore_index=True).astype(
-        {"n_positive": np.int64, "n_negative": np.int64}
-    )
+        averages.append({"class": name, **rows.mean(), **rows[list(counts)].sum()})
+    frame = pd.concat([frame, pd.DataFrame(averages)], ignore_index=True).astype(dict.fromkeys(counts, np.int64))
     for metric in METRICS:
         rows = intervals[intervals["metric"] == metric]
         for column, field in ((metric, "point"), (f"{metric}_ci_low", "low"), (f"{metric}_ci_high", "high")):
             frame[column] = rows[field].to_numpy()
     return frame[COLUMNS]
-
-
-def calibration_curve(
-    logits: ArrayLike, targets: ArrayLike, classes: Sequence[str], n_bins: int = N_BINS
-) -> pd.DataFrame:
-    """Points of the reliability diagram of each class.
-
-    The expected calibration error of a class is the mean of ``|mean_probability - frequency|`` over the bins, weighted
-    by n.
-
-    Parameters
-    ----------
-    logits, targets, classes
-        As in `classification_metrics`.
-    n_bins : int
-        Bins of equal width on [0, 1]; a bin holds its lower edge, the last one also 1.
-
-    Returns
-    -------
-    DataFrame
-        One row a (class, bin), empty bins included: class, bin, bin_low, bin_high, n, mean_probability, frequency
-        (share of positives). The last two are NaN in an empty bin.
-
-    Raises
-    ------
-    ValueError
-        As `classification_metrics`, and for fewer than one bin.
-    """
-    if n_bins < 1:
-        raise ValueError(f"n_bins must be at least 1, got {n_bins}")
-    logits, targets = checked_predictions(logits, targets, classes)
-    probabilities = expit(logits)
-    frames = [
-        _bins(probabilities[:, m], targets[:, m], n_bins).assign(**{"class": name}) for m, name in enumerate(classes)
-    ]
-    columns = ["class", "bin", "bin_low", "bin_high", "n", "mean_probability", "frequency"]
-    return pd.concat(frames, ignore_index=True)[columns]
 
 
 def ranking_metrics(
@@ -265,7 +201,7 @@ def metric_differences(
 
     Parameters
     ----------
-    logits_a, logits_b : array_like of float, (N, M)
+    logits_a, logits_b : array_like of float, (N, M), or (S, N, M) and (T, N, M) of several seeds
         Logits of the two runs, rows in the same order.
     targets, classes, patients, n_replicates, seed
         As in `metric_intervals`.
@@ -307,42 +243,44 @@ def average_rows(classes: Sequence[str]) -> dict[str, list[int]]:
 def checked_predictions(
     logits: ArrayLike, targets: ArrayLike, classes: Sequence[str], patients: ArrayLike | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits as float64 and targets as bool, (N, M) each, or a ValueError that names what is wrong."""
+    """Logits as float64 (S, N, M) and targets as bool (N, M), or a ValueError that names what is wrong."""
     logits, targets = np.asarray(logits, dtype=np.float64), np.asarray(targets)
-    if logits.ndim != 2 or logits.shape != targets.shape:
+    if logits.ndim not in (2, 3) or logits.shape[-2:] != targets.shape:
         raise ValueError(f"logits have shape {logits.shape} and targets {targets.shape}: both must be (films, classes)")
     if logits.size == 0:
         raise ValueError(f"logits are empty, shape {logits.shape}: there is no film or no class to evaluate")
-    if len(classes) != logits.shape[1]:
-        raise ValueError(f"{len(classes)} classes are named for {logits.shape[1]} outputs")
+    if len(classes) != logits.shape[-1]:
+        raise ValueError(f"{len(classes)} classes are named for {logits.shape[-1]} outputs")
     if len(set(classes)) != len(classes):
         raise ValueError(f"class names repeat: {list(classes)}")
-    if patients is not None and len(patients) != len(logits):
-        raise ValueError(f"{len(patients)} patients are given for {len(logits)} films")
+    if patients is not None and len(patients) != len(targets):
+        raise ValueError(f"{len(patients)} patients are given for {len(targets)} films")
     for name, values, good in (
         ("logits that are not finite", logits, np.isfinite(logits)),
         ("targets other than 0 and 1", targets, (targets == 0) | (targets == 1)),
     ):
         if not good.all():
-            row, column = np.argwhere(~good)[0]
-            raise ValueError(
-                f"{int((~good).sum())} {name}; the first is {values[row, column]} in row {row}, class "
-                f"{classes[column]!r}"
-            )
-    return logits, targets == 1
+            first = np.argwhere(~good)[0]
+            where = f"{values[tuple(first)]} in row {first[-2]}, class {classes[first[-1]]!r}"
+            raise ValueError(f"{int((~good).sum())} {name}; the first is {where}")
+    return logits.reshape(-1, *targets.shape), targets == 1
 
 
 def _metrics(
     logits: np.ndarray, targets: np.ndarray, classes: Sequence[str], counts: np.ndarray, patient: np.ndarray
 ) -> np.ndarray:
-    """METRICS of classes and averages under each weighting, (3, R, M + averages)."""
-    n_patients = counts.shape[1]
-    n_classes = logits.shape[1]
+    """METRICS of classes and averages under each weighting, (3, R, M + averages), averaged over the seeds of `logits`;
+    where they are defined follows from targets and weights, which the seeds share."""
+    return np.mean([_seed_metrics(one, targets, classes, counts, patient) for one in logits], axis=0)
+
+
+def _seed_metrics(
+    logits: np.ndarray, targets: np.ndarray, classes: Sequence[str], counts: np.ndarray, patient: np.ndarray
+) -> np.ndarray:
+    n_patients, n_classes = counts.shape[1], logits.shape[1]
     values = np.empty((len(METRICS), len(counts), n_classes))
     for column in range(n_classes):
-        values[0, :, column], values[1, :, column] = ranking_metrics(
-            logits[:, column], targets[:, column], counts, patient
-        )
+        values[:2, :, column] = ranking_metrics(logits[:, column], targets[:, column], counts, patient)
     films = incidence(patient, np.arange(len(patient)), (n_patients, len(patient)))
     sums = weighted_sums(counts, np.hstack([films @ expit(logits), films.sum(axis=1)[:, None]]))
     values[2] = sums[:, :-1] / sums[:, -1:]
@@ -368,28 +306,20 @@ def _metric_frame(point: np.ndarray, drawn: np.ndarray, classes: Sequence[str], 
     return pd.DataFrame(rows, columns=["class", "metric", "point", "low", "high", "n_undefined"])
 
 
-def _bins(probabilities: np.ndarray, targets: np.ndarray, n_bins: int) -> pd.DataFrame:
-    edges = np.linspace(0, 1, n_bins + 1)
-    index = np.searchsorted(edges[1:-1], probabilities, side="right")
-    n = np.bincount(index, minlength=n_bins)
-    sums = [np.bincount(index, weights=values, minlength=n_bins) for values in (probabilities, targets)]
-    mean, frequency = (np.divide(total, n, out=np.full(n_bins, np.nan), where=n > 0) for total in sums)
-    return pd.DataFrame(
-        {
-            "bin": np.arange(n_bins),
-            "bin_low": edges[:-1],
-            "bin_high": edges[1:],
-            "n": n,
-            "mean_probability": mean,
-            "frequency": frequency,
-        }
-    )
+def _probability_metrics(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The columns SINGLE of each class, (M, 4)."""
+    errors = [_calibration_error(*columns) for columns in zip(probabilities.T, targets.T)]
+    means = _mean_where(probabilities, targets), _mean_where(probabilities, ~targets)
+    return np.stack([*means, ((probabilities - targets) ** 2).mean(axis=0), errors], axis=1)
 
 
 def _calibration_error(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    bins = _bins(probabilities, targets, N_BINS)
-    gap = (bins["mean_probability"] - bins["frequency"]).abs().fillna(0)
-    return float((gap * bins["n"]).sum() / bins["n"].sum())
+    index = np.searchsorted(np.linspace(0, 1, N_BINS + 1)[1:-1], probabilities, side="right")
+    n = np.bincount(index, minlength=N_BINS)
+    mean, frequency = (
+        np.bincount(index, weights=values, minlength=N_BINS) / np.maximum(n, 1) for values in (probabilities, targets)
+    )
+    return float((abs(mean - frequency) * n).sum() / n.sum())
 
 
 def _mean_where(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The unit of every localization: a film and a class, with all boxes of that class on the film (Khakzar et al., Table
-1)."""
+1); and which pairs to look at."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,24 +29,14 @@ def box_pairs(films: pd.DataFrame, boxes: pd.DataFrame, classes: list[str], *, u
     """
     if unit not in ("pair", "box"):
         raise ValueError(f"unit must be 'pair' or 'box', got {unit!r}")
-    rows = dict(zip(films["image"], films.index, strict=True))
-    patients = dict(zip(films["image"], films["patient"], strict=True))
-    kept = boxes[boxes["image"].isin(rows) & boxes["class"].isin(classes)]
+    kept = boxes[boxes["image"].isin(films["image"]) & boxes["class"].isin(classes)]
     number = kept.groupby(["image", "class"]).cumcount() if unit == "box" else np.zeros(len(kept), np.int64)
-    pairs = [
-        (
-            rows[image],
-            image,
-            patients[image],
-            name,
-            classes.index(name),
-            box,
-            len(part),
-            part[["x1", "y1", "x2", "y2"]].to_numpy(float),
-        )
-        for (image, name, box), part in kept.assign(box=number).groupby(["image", "class", "box"], sort=False)
-    ]
-    frame = pd.DataFrame(pairs, columns=["row", "image", "patient", "class", "output", "box", "n_boxes", "boxes"])
+    parts = kept.assign(box=number).groupby(["image", "class", "box"], sort=False)
+    corners = [(*key, part[["x1", "y1", "x2", "y2"]].to_numpy(float)) for key, part in parts]
+    frame = pd.DataFrame(corners, columns=["image", "class", "box", "boxes"])
+    frame = frame.assign(output=frame["class"].map(classes.index), n_boxes=frame["boxes"].map(len))
+    frame = frame.merge(films[["image", "patient"]].assign(row=films.index), on="image")
+    frame = frame[["row", "image", "patient", "class", "output", "box", "n_boxes", "boxes"]]
     frame = frame.sort_values(["row", "output", "box"], ignore_index=True)
     return frame if unit == "box" else frame.drop(columns="box")
 
@@ -61,6 +53,34 @@ def with_other_boxes(pairs: pd.DataFrame) -> pd.DataFrame:
     for index in pairs.groupby("class").groups.values():
         patients = pairs.loc[index, "patient"]
         order = index[np.argsort(patients.to_numpy(), kind="stable")]
-        for here, there in zip(order, np.roll(order, -patients.value_counts().max())):
-            other.at[here] = pairs["boxes"].at[there]
+        other[order] = pairs["boxes"][np.roll(order, -patients.value_counts().max())].to_numpy()
     return pairs.assign(other=other)
+
+
+def typical_pairs(table: pd.DataFrame, score: str, quantiles: Sequence[float] | None = None) -> pd.DataFrame:
+    """Pairs to look at, chosen by rank and not by their looks: the most typical of each class, or a spread of all.
+
+    Parameters
+    ----------
+    table : DataFrame
+        image, class and the column `score`, which is first averaged over whatever else tells rows apart: runs, seeds,
+        methods, thresholds. Pairs without a score are left out.
+    score : str
+        Such as 'iobb'.
+    quantiles : sequence of float in [0, 1], optional
+        The pairs at these quantiles of the score over all classes, in this order; by default the pair of each class
+        that lies nearest the median of its class.
+
+    Returns
+    -------
+    DataFrame
+        image, class, `score`; by class where there are no `quantiles`. A tie goes to the image that is first by name,
+        or among quantiles to the one that is first in the table.
+    """
+    mean = table.groupby(["image", "class"], as_index=False, sort=False)[score].mean().dropna(ignore_index=True)
+    if quantiles is not None:
+        rank = mean[score].rank(method="first", pct=True)
+        return mean.loc[[(rank - q).abs().idxmin() for q in quantiles]].reset_index(drop=True)
+    distance = (mean[score] - mean.groupby("class")[score].transform("median")).abs()
+    nearest = mean.assign(distance=distance).sort_values(["class", "distance", "image"]).drop_duplicates("class")
+    return nearest.drop(columns="distance").reset_index(drop=True)

@@ -94,29 +94,35 @@ def patient_replicates(patients: ArrayLike, n_replicates: int, seed: int) -> Rep
 
 
 def mean_interval(values: ArrayLike, patients: ArrayLike, n_replicates: int = 1000, seed: int = 0) -> Interval:
-    """Mean over records with its 95 % interval over patients.
+    """Mean over records with its 95 % interval over patients; of several seeds, the mean over seeds of each one's mean.
 
     Parameters
     ----------
-    values : array_like of float, (N,)
-        One value a record; NaN means undefined: skipped, and counted in `n_skipped`.
+    values : array_like of float, (N,) or (S, N)
+        One value a record, for each of S seeds; NaN means undefined: skipped, and counted in `n_skipped`.
     patients : array_like, (N,)
-        Patient of each record. All of them are drawn from, also those whose values are all NaN, so that runs with
-        different undefined records stay paired.
+        Patient of each record. All of them are drawn from, the same for every seed, also those whose values are all
+        NaN, so that runs with different undefined records stay paired.
     n_replicates, seed : int
         As in `patient_replicates`; 0 replicates give a NaN interval.
 
     Returns
     -------
     Interval
+        n, n_patients and n_skipped are those of the seed with the fewest defined records.
 
     Raises
     ------
     ValueError
         No records, lengths that differ, or an infinite value.
     """
-    values = np.asarray(values, dtype=np.float64)
-    return _mean_intervals(values, np.zeros(values.shape, dtype=np.int64), 1, patients, n_replicates, seed)[0]
+    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    seeds, patients = np.repeat(np.arange(len(values)), values.shape[-1]), np.tile(np.asarray(patients), len(values))
+    of_seeds, drawn = _mean_intervals(values.ravel(), seeds, len(values), patients, n_replicates, seed)
+    fewest = min(of_seeds, key=lambda interval: interval.n)
+    low, high, n_undefined = percentile_interval(drawn.mean(axis=1), fewest.n_patients)
+    point = float(np.mean([interval.point for interval in of_seeds]))
+    return fewest._replace(point=point, low=low, high=high, n_undefined=n_undefined)
 
 
 def mean_intervals(
@@ -143,7 +149,7 @@ def mean_intervals(
     """
     codes, n_groups = _codes(groups, "groups")
     names = pd.Series(np.asarray(groups)).groupby(codes).first()
-    rows = _mean_intervals(np.asarray(values, dtype=np.float64), codes, n_groups, patients, n_replicates, seed)
+    rows, _ = _mean_intervals(np.asarray(values, dtype=np.float64), codes, n_groups, patients, n_replicates, seed)
     frame = pd.DataFrame(rows, columns=Interval._fields)
     frame.insert(0, "group", names.to_numpy())
     return frame
@@ -154,11 +160,12 @@ def paired_difference(
 ) -> Interval:
     """Mean of a - b over the records where both are defined, with its 95 % interval over patients.
 
-    For differences by group pass the differences themselves to `mean_intervals`.
+    For differences by group pass the differences themselves to `mean_intervals`. Of several seeds, the mean over all
+    pairs of a seed of a and a seed of b: the difference of the two means over seeds, where nothing is undefined.
 
     Parameters
     ----------
-    values_a, values_b : array_like of float, (N,)
+    values_a, values_b : array_like of float, (N,), or (S, N) and (T, N)
         Values of two runs, aligned by record. A NaN in either skips the record.
     patients, n_replicates, seed
         As in `mean_interval`.
@@ -172,14 +179,13 @@ def paired_difference(
     ValueError
         As in `mean_interval`, and for values of different lengths.
     """
-    a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(
-            f"values_a has shape {a.shape} and values_b {b.shape}: both must hold the same records in the same order"
-        )
+    a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (values_a, values_b))
+    if a.shape[1] != b.shape[1]:
+        shapes = f"values_a has shape {np.shape(values_a)} and values_b {np.shape(values_b)}"
+        raise ValueError(f"{shapes}: both must hold the same records in the same order")
     if np.isinf(a).any() or np.isinf(b).any():
         raise ValueError("values_a or values_b holds an infinite value; undefined values must be NaN")
-    return mean_interval(a - b, patients, n_replicates, seed)
+    return mean_interval((a[:, None] - b).reshape(-1, a.shape[1]), patients, n_replicates, seed)
 
 
 def incidence(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> csr_array:
@@ -219,12 +225,11 @@ def _codes(labels: ArrayLike, name: str) -> tuple[np.ndarray, int]:
 
 def _mean_intervals(
     values: np.ndarray, groups: np.ndarray, n_groups: int, patients: ArrayLike, n_replicates: int, seed: int
-) -> list[Interval]:
+) -> tuple[list[Interval], np.ndarray]:
+    """The interval of each group's mean, and the means in the replicates, (R, G)."""
     if values.ndim != 1 or len(values) != len(patients) or len(values) != len(groups):
-        raise ValueError(
-            f"values have shape {values.shape}, with {len(groups)} groups and {len(patients)} patients: one of each "
-            "a record is needed"
-        )
+        given = f"values have shape {values.shape}, with {len(groups)} groups and {len(patients)} patients"
+        raise ValueError(f"{given}: one of each a record is needed")
     if np.isinf(values).any():
         raise ValueError(f"values: record {int(np.argmax(np.isinf(values)))} is infinite; undefined values must be NaN")
     replicates = patient_replicates(patients, n_replicates, seed)
@@ -244,4 +249,4 @@ def _mean_intervals(
         low, high, n_undefined = percentile_interval(drawn[:, group], n_patients)
         point = float(values[chosen].mean()) if n else np.nan
         intervals.append(Interval(point, low, high, n, n_patients, int((groups == group).sum()) - n, n_undefined))
-    return intervals
+    return intervals, drawn

@@ -7,7 +7,14 @@ on, and prints it at the foot.
 """
 
 from lib.figures.attribution import attribution_grid, iou_by_threshold, share_dots
-from lib.figures.features import activation_distribution, confounder_panel, consistency_scatter, scaled_cams
+from lib.figures.features import (
+    activation_distribution,
+    class_boxes,
+    confounder_panel,
+    consistency_scatter,
+    film_titles,
+    scaled_cams,
+)
 from lib.figures.importance import (
     class_overlap,
     importance_panels,
@@ -18,7 +25,7 @@ from lib.figures.importance import (
 )
 from lib.figures.lenses import alignment_distributions, channel_panel, concept_distributions, loss_weights
 from lib.figures.release import ages, cooccurrence, film_grid, prevalence
-from lib.figures.study import cam_grid, class_alignment, performance
+from lib.figures.study import cam_grid, performance
 from lib.figures.style import loss_styles
 from lib.figures.training import class_curves, reliability, training_curves
 
@@ -28,8 +35,8 @@ __all__ = [
     "alignment_distributions",
     "attribution_grid",
     "cam_grid",
+    "class_boxes",
     "channel_panel",
-    "class_alignment",
     "class_curves",
     "class_overlap",
     "concept_distributions",
@@ -37,6 +44,7 @@ __all__ = [
     "consistency_scatter",
     "cooccurrence",
     "film_grid",
+    "film_titles",
     "importance_panels",
     "iou_by_threshold",
     "loss_comparison",

@@ -5,10 +5,12 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lib.analysis.localization import METRICS
 from lib.figures.style import (
     DASHED,
     INK,
@@ -16,58 +18,40 @@ from lib.figures.style import (
     STYLE,
     WIDTH,
     YELLOW,
-    by_loss,
     class_name,
     grid,
     legend,
     new_figure,
     show_film,
 )
+from lib.losses import Criterion
 from lib.tables.names import display
 
 
 @STYLE
 def alignment_distributions(alignment: pd.DataFrame, *, data_label: str) -> Figure:
-    """Soft IoBB and IoR of one run: a dot per pair of film and class, quartiles, the mean, and what the same map laid
-    anywhere would get.
+    """The localization metrics of one run: a dot per pair of film and class, quartiles, the mean, and what the same map
+    laid anywhere would get.
 
-    `alignment` : class, iobb, ior, box_area, cam_mass (shares of the film). Chance is cam_mass for IoBB and box_area
-    for IoR.
+    `alignment` : of `alignment.align`, with the metrics of `localization.METRICS` that have a chance.
     """
     medians = alignment.groupby("class")["iobb"].median().sort_values(ascending=False)
     counts, rng, handles = alignment["class"].value_counts(), np.random.default_rng(0), []
     figure = new_figure(0.3 * len(medians) + 0.95, data_label)
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, (metric, chance) in zip(axes, (("iobb", "cam_mass"), ("ior", "box_area"))):
-        for y, name in enumerate(medians.index):
-            rows = alignment[alignment["class"] == name].dropna(subset=[metric])
-            low, high = rows[metric].quantile([0.25, 0.75])
-            jitter = rng.uniform(-0.28, 0.28, len(rows))
-            ax.plot(
-                rows[metric],
-                y + jitter,
-                ".",
-                color=NEUTRAL,
-                alpha=0.4,
-                markersize=3,
-                markeredgewidth=0,
-                rasterized=True,
-            )
+    metrics = {name: metric for name, metric in METRICS.items() if metric.chance}
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    dots = {"color": NEUTRAL, "alpha": 0.4, "markersize": 3, "markeredgewidth": 0, "rasterized": True}
+    white = {"color": "white", "markeredgecolor": INK, "markersize": 4.5}
+    yellow = {"color": YELLOW, "markeredgecolor": "black", "markeredgewidth": 0.4, "markersize": 5}
+    for ax, (name, metric) in zip(axes, metrics.items()):
+        for y, group in enumerate(medians.index):
+            rows = alignment[alignment["class"] == group].dropna(subset=[name])
+            low, high = rows[name].quantile([0.25, 0.75])
+            ax.plot(rows[name], y + rng.uniform(-0.28, 0.28, len(rows)), ".", **dots)
             handles += ax.plot((low, high), (y, y), color=INK, linewidth=2.5, solid_capstyle="butt", label="quartiles")
-            handles += ax.plot(
-                rows[metric].mean(), y, "o", color="white", markeredgecolor=INK, markersize=4.5, label="mean"
-            )
-            handles += ax.plot(
-                rows[chance].mean(),
-                y,
-                "d",
-                color=YELLOW,
-                markeredgecolor="black",
-                markeredgewidth=0.4,
-                markersize=5,
-                label="mean expected by chance",
-            )
-        ax.set(xlim=(-0.02, 1.02), xlabel=f"{display(metric)} per pair of film and class")
+            handles += ax.plot(rows[name].mean(), y, "o", label="mean", **white)
+            handles += ax.plot(rows[metric.chance].mean(), y, "d", label="mean expected by chance", **yellow)
+        ax.set(xlim=(-0.02, 1.02), xlabel=f"{metric.label} per pair of film and class")
         grid(ax)
     axes[0].set_yticks(range(len(medians)), [f"{class_name(name)} ({counts[name]:,})" for name in medians.index])
     axes[0].set_ylim(len(medians) - 0.4, -0.6)
@@ -77,29 +61,19 @@ def alignment_distributions(alignment: pd.DataFrame, *, data_label: str) -> Figu
 
 @STYLE
 def concept_distributions(concepts: pd.DataFrame, *, data_label: str) -> Figure:
-    """Disjoint and Unique concepts per annotated film, with the means of Table 2. `concepts` : disjoint, unique,
-    optionally loss."""
+    """Disjoint and Unique concepts per annotated film of one run, with the means of Table 2. `concepts` : disjoint,
+    unique."""
     figure = new_figure(2.6, data_label)
-    axes, groups = figure.subplots(1, 2, sharey=True), by_loss(concepts)
+    axes = figure.subplots(1, 2, sharey=True)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "handlelength": 1.4}
     for ax, metric in zip(axes, ("disjoint", "unique")):
-        bins = np.histogram_bin_edges(concepts[metric].dropna(), bins=20)
-        handles = []
-        for style, label, rows in groups:
-            colour, mean = style["color"], rows[metric].mean()
-            fill = (colour, 0 if label else 0.3)
-            ax.hist(rows[metric], bins=bins, histtype="stepfilled", linewidth=1.2, edgecolor=colour, facecolor=fill)
-            name = f"{label}, mean {mean:.1f}" if label else f"mean {mean:.1f}"
-            handles.append(ax.axvline(mean, color=colour, linewidth=1, linestyle=(0, (4, 2)), label=name))
+        values, mean = concepts[metric], concepts[metric].mean()
+        bins = np.histogram_bin_edges(values.dropna(), bins=20)
+        fill = {"edgecolor": NEUTRAL, "facecolor": (NEUTRAL, 0.3)}
+        ax.hist(values, bins=bins, histtype="stepfilled", linewidth=1.2, **fill)
+        line = ax.axvline(mean, color=NEUTRAL, linewidth=1, linestyle=(0, (4, 2)), label=f"mean {mean:.1f}")
         ax.set(xlabel=f"{display(metric)} concepts per film")
-        ax.legend(
-            handles=handles,
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=2,
-            borderaxespad=0.2,
-            handlelength=1.4,
-            columnspacing=1.2,
-        )
+        ax.legend(handles=[line], **place)
     axes[0].set_ylabel("Films")
     return figure
 
@@ -131,48 +105,35 @@ def channel_panel(
         show_film(ax, films[i, j], boxes[i][j])
         ax.imshow(np.where(above, 1.0, np.nan), cmap=ListedColormap([YELLOW]), alpha=0.4, extent=(0, size, size, 0))
         if above.any() and not above.all():
-            ax.contour(
-                np.arange(size) + 0.5,
-                np.arange(size) + 0.5,
-                maps[i, j],
-                levels=[thresholds[i]],
-                colors=[YELLOW],
-                linewidths=0.9,
-            )
+            centres = np.arange(size) + 0.5
+            ax.contour(centres, centres, maps[i, j], levels=[thresholds[i]], colors=[YELLOW], linewidths=0.9)
         if j == 0:
             ax.set_ylabel(row_titles[i], fontsize=7)
-    legend(
-        figure,
-        [
-            Rectangle((0, 0), 1, 1, facecolor=YELLOW, alpha=0.6, label="map at or above the channel's threshold"),
-            Rectangle((0, 0), 1, 1, fill=False, edgecolor="#00a5b8", label="annotated box"),
-        ],
-    )
+    above = Rectangle((0, 0), 1, 1, facecolor=YELLOW, alpha=0.6, label="map at or above the channel's threshold")
+    legend(figure, [above, Rectangle((0, 0), 1, 1, fill=False, edgecolor="#00a5b8", label="annotated box")])
     return figure
 
 
 @STYLE
-def loss_weights(positive: pd.Series, negative: pd.Series, gamma: float, *, data_label: str) -> Figure:
-    """The loss of a film by the probability the model gives it, for the rarest and the commonest class, beside plain
-    cross-entropy.
+def loss_weights(criterion: Criterion, classes: Sequence[str], *, data_label: str) -> Figure:
+    """The loss of a film by the probability the model gives it, beside plain cross-entropy, for the two classes whose
+    undecided positives weigh most and least against undecided negatives: the rarest and the commonest, where the loss
+    asks for counts. One curve where it treats all classes alike.
 
-    `positive`, `negative` : constants w+ and w- of each class, indexed by class.    `gamma` : the focusing exponent of
-    eq. 2.
+    `criterion` : of `losses.make_loss`, any loss.    `classes` : the outputs it was made for.
     """
-    ratio = positive / negative.where(negative > 0)
-    names = list(dict.fromkeys([ratio.idxmax(), ratio.idxmin()]))
     p = np.linspace(0.005, 0.995, 199)
+    logits = torch.from_numpy(np.log(np.append(p, 0.5) / np.append(1 - p, 0.5)))[:, None].expand(-1, len(classes))
+    sides = [criterion(logits, torch.full_like(logits, label)).numpy() for label in (1, 0)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(sides[1][-1] > 0, sides[0][-1] / sides[1][-1], np.nan)
+    chosen = dict.fromkeys([np.nanargmax(ratio), np.nanargmin(ratio)])
     figure = new_figure(2.4, data_label)
     axes = figure.subplots(1, 2, sharey=True)
-    for ax, side, probability, constant in ((axes[0], "with", p, positive), (axes[1], "without", 1 - p, negative)):
+    for ax, side, probability, loss in zip(axes, ("with", "without"), (p, 1 - p), sides):
         ax.plot(p, -np.log(probability), label="BCE", **DASHED)
-        for name, colour in zip(names, (NEUTRAL, YELLOW)):
-            ax.plot(
-                p,
-                -constant[name] * (1 - probability) ** gamma * np.log(probability),
-                color=colour,
-                label=f"{class_name(name)}",
-            )
+        for output, colour in zip(chosen, (NEUTRAL, YELLOW)):
+            ax.plot(p, loss[:-1, output], color=colour, label=class_name(classes[output]))
         ax.set(title=f"Film {side} the finding", xlabel="Predicted probability", xlim=(0, 1), ylim=(0, 3))
         grid(ax, "both")
     axes[0].set_ylabel("Loss of the film")

@@ -46,32 +46,18 @@ def prevalence(
     ax, y = figure.subplots(), np.arange(len(classes))
     bar = {"color": PALE if split is not None else NEUTRAL, "linewidth": 5}
     handles = [ax.hlines(y, floor, np.maximum(share, floor), label=f"all films ({len(targets):,})", **bar)]
-    names = (
-        []
-        if split is None
-        else [name for name in ordered(dict.fromkeys(("train", "val", "test")), pd.Series(split)) if name in split]
-    )
+    known = dict.fromkeys(("train", "val", "test"))
+    names = [] if split is None else [name for name in ordered(known, pd.Series(split)) if name in split]
     for name, marker, colour in zip(names, "osD^", (NEUTRAL, YELLOW, PINK, INK)):
         mask = np.asarray(split) == name
         part = targets[mask].mean(0)[order]
-        part = np.where(part > 0, part, np.nan)
-        handles += ax.plot(
-            part, y, marker, color=colour, markersize=4, markeredgewidth=0, label=f"{name} ({mask.sum():,})"
-        )
+        dots = {"color": colour, "markersize": 4, "markeredgewidth": 0, "label": f"{name} ({mask.sum():,})"}
+        handles += ax.plot(np.where(part > 0, part, np.nan), y, marker, **dots)
     ratios = [f"{(len(targets) - n) / n:,.1f} : 1" if n else "none" for n in counts[order]]
     for row, cells in enumerate(zip(["positives", *(f"{n:,}" for n in counts[order])], ["neg. : pos.", *ratios])):
+        beside = {"ha": "right", "va": "center", "fontsize": 7, "color": INK if row else GREY}
         for x, text in zip((45, 100), cells):
-            ax.annotate(
-                text,
-                (1, row - 1),
-                (x, 0),
-                ("axes fraction", "data"),
-                "offset points",
-                ha="right",
-                va="center",
-                fontsize=7,
-                color=INK if row else GREY,
-            )
+            ax.annotate(text, (1, row - 1), (x, 0), ("axes fraction", "data"), "offset points", **beside)
     ax.set(xscale="log", xlim=(floor, 1), xlabel="Share of films", ylim=(len(classes) - 0.4, -0.6))
     ax.set_yticks(y, [class_name(classes[c]) for c in order])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
@@ -85,35 +71,27 @@ def prevalence(
 def cooccurrence(targets: np.ndarray, classes: Sequence[str], *, data_label: str) -> Figure:
     """Of the films with the row's label, the percentage that also carries the column's. `targets` : 0/1 (N, C). Dash:
     no such film."""
+    from seaborn import heatmap  # imported here: it costs a second, and one notebook draws with it
+
     targets = np.asarray(targets, np.int64)
     joint = targets.T @ targets
     count = np.diag(joint)
-    share = np.divide(joint, count[:, None], out=np.full(joint.shape, np.nan), where=count[:, None] > 0)
-    np.fill_diagonal(share, np.nan)
+    share = joint / np.maximum(count, 1)[:, None]
+    np.fill_diagonal(share, 0)
+    text = np.where(count[:, None] > 0, np.char.mod("%.0f", 100 * share), "–")
+    np.fill_diagonal(text, "")
     figure = new_figure(max(0.28 * len(classes) + 1.3, 3.6), data_label)
-    ax = figure.subplots()
-    top = max(np.nanmax(share, initial=0), 0.01)
-    image = ax.imshow(share, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    for i, j in np.ndindex(share.shape):
-        text = "" if i == j else "–" if not count[i] else f"{100 * share[i, j]:.0f}"
-        ax.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.55 * top else INK)
-    names = [class_name(name) for name in classes]
-    ax.set_xticks(range(len(classes)), names, rotation=45, ha="left", rotation_mode="anchor")
-    ax.set_yticks(range(len(classes)), [f"{name} ({n:,})" for name, n in zip(names, count)])
+    names, label = [class_name(name) for name in classes], "… the share that also has the column's label"
+    bar = {"fraction": 0.03, "pad": 0.01, "aspect": 40, "format": PercentFormatter(1, decimals=0), "label": label}
+    rows = [f"{name} ({n:,})" for name, n in zip(names, count)]
+    look = {"cmap": "Blues", "vmin": 0, "vmax": max(share.max(initial=0), 0.01), "annot_kws": {"fontsize": 7}}
+    ax = heatmap(
+        share, annot=text, fmt="", xticklabels=names, yticklabels=rows, cbar_kws=bar, ax=figure.subplots(), **look
+    )
     ax.set_ylabel("Of the films with this label (number) …")
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    percent = PercentFormatter(1, decimals=0)
-    figure.colorbar(
-        image,
-        ax=ax,
-        fraction=0.03,
-        pad=0.01,
-        aspect=40,
-        format=percent,
-        label="… the share that also has the column's label",
-    )
+    ax.set_xticks(ax.get_xticks(), names, rotation=45, ha="left", rotation_mode="anchor")
     return figure
 
 
@@ -121,27 +99,18 @@ def cooccurrence(targets: np.ndarray, classes: Sequence[str], *, data_label: str
 def ages(films: pd.DataFrame, *, data_label: str) -> Figure:
     """Age in years by sex, a panel per view position. `films` : age, sex, view; ages outside 0 to 100 are counted in
     the title only."""
+    from seaborn import histplot
+
     views = sorted(films["view"].dropna().unique())
     figure = new_figure(2.4, data_label)
     axes = figure.subplots(1, max(len(views), 1), squeeze=False)[0]
     for ax, view in zip(axes, views):
-        rows = films[films["view"] == view]
-        for sex, colour in zip(sorted(rows["sex"].dropna().unique()), (PINK, NEUTRAL, YELLOW)):
-            ax.hist(
-                rows.loc[rows["sex"] == sex, "age"],
-                bins=np.arange(0, 101, 5),
-                histtype="stepfilled",
-                edgecolor=colour,
-                facecolor=(colour, 0.3),
-                linewidth=1.2,
-                label=str(sex),
-            )
+        rows = films[films["view"] == view].reset_index(drop=True)
+        sexes = dict(zip(sorted(rows["sex"].dropna().unique()), (PINK, NEUTRAL, YELLOW)))
+        histplot(rows, x="age", bins=np.arange(0, 101, 5), hue="sex", palette=sexes, element="step", ax=ax)
         outside = int((~rows["age"].between(0, 100)).sum())
-        ax.set_title(
-            f"{view}: {len(rows):,} films" + (f" ({outside:,} with an age outside 0 to 100)" if outside else "")
-        )
-        ax.set(xlim=(0, 100), xlabel="Age (years)")
-        ax.legend(handlelength=1)
+        note = f" ({outside:,} with an age outside 0 to 100)" if outside else ""
+        ax.set(title=f"{view}: {len(rows):,} films{note}", xlim=(0, 100), xlabel="Age (years)", ylabel="")
     axes[0].set_ylabel("Films")
     return figure
 

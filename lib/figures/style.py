@@ -20,43 +20,20 @@ LOSS_STYLES = {
     "focal": {"color": "#d55e00", "marker": "^"},
     "cb_focal": {"color": "#009e73", "marker": "D"},
 }
-_MORE_STYLES = [
-    {"color": colour, "marker": marker} for colour, marker in zip(("#cc79a7", "#e69f00", "#56b4e9", "#806000"), "vPX*")
-]
-INK, GREY, PALE, NEUTRAL, YELLOW, PINK, BOX = (
-    "#222222",
-    "#777777",
-    "#d9d9d9",
-    "#3a6ea5",
-    "#e69f00",
-    "#cc79a7",
-    "#00e5ff",
-)
+_MORE_STYLES = [{"color": c, "marker": m} for c, m in zip(("#cc79a7", "#e69f00", "#56b4e9", "#806000"), "vPX*")]
+INK, GREY, PALE, NEUTRAL = "#222222", "#777777", "#d9d9d9", "#3a6ea5"
+YELLOW, PINK, BOX = "#e69f00", "#cc79a7", "#00e5ff"
 DASHED = {"color": GREY, "linewidth": 0.7, "linestyle": (0, (3, 2)), "zorder": 1}
 DARK_RIM = [patheffects.withStroke(linewidth=2, foreground="black", alpha=0.6)]
 LIGHT_RIM = [patheffects.withStroke(linewidth=2, foreground="white")]
+_TICKS = {"labelsize": 7, "major.width": 0.6, "major.size": 2.5}
+_LINES = {"axes.linewidth": 0.6, "axes.edgecolor": INK, "axes.axisbelow": True, "lines.linewidth": 1.2}
 STYLE = mpl.rc_context(
-    {
-        "font.size": 8,
-        "axes.titlesize": 8,
-        "axes.labelsize": 8,
-        "xtick.labelsize": 7,
-        "ytick.labelsize": 7,
-        "legend.fontsize": 7.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.6,
-        "axes.edgecolor": INK,
-        "axes.axisbelow": True,
-        "xtick.major.width": 0.6,
-        "ytick.major.width": 0.6,
-        "xtick.major.size": 2.5,
-        "ytick.major.size": 2.5,
-        "lines.linewidth": 1.2,
-        "legend.frameon": False,
-        "figure.dpi": 150,
-        "pdf.fonttype": 42,
-    }
+    dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8)
+    | {f"{axis}tick.{key}": value for axis in "xy" for key, value in _TICKS.items()}
+    | _LINES
+    | {"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 7.5, "legend.frameon": False}
+    | {"figure.dpi": 150, "pdf.fonttype": 42}
 )
 # transparent where the map is 0, so the film stays visible; the colour bar is drawn over the grey of a film for the
 # same reason
@@ -83,9 +60,8 @@ def new_figure(height: float, data_label: str, width: float = WIDTH) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     strip = 0.17 / height
     figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
-    figure.text(
-        1 - 0.05 / width, 0.03 / height, data_label, ha="right", va="bottom", fontsize=7, style="italic", color=GREY
-    )
+    foot = {"ha": "right", "va": "bottom", "fontsize": 7, "style": "italic", "color": GREY}
+    figure.text(1 - 0.05 / width, 0.03 / height, data_label, **foot)
     return figure
 
 
@@ -103,6 +79,7 @@ def panels(count: int, columns: int, side: float, extra: float, data_label: str)
 def class_panels(
     predictions: pd.DataFrame, x: str, y: str, data_label: str
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A square panel per class with the axis labels `x` and `y` at the edges, and the rows of its class."""
     names = list(dict.fromkeys(predictions["class"]))
     columns = min(5, len(names))
     figure, axes = panels(len(names), columns, 1.0 if columns > 2 else 2.2, 0.38, data_label)
@@ -120,6 +97,7 @@ def loss_styles(losses: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def present(known: dict[str, str], column: pd.Series) -> list[str]:
+    """What the column holds, in the order of `known`, then of appearance."""
     return [name for name in ordered(known, column) if (column == name).any()]
 
 
@@ -128,21 +106,20 @@ def by_loss(frame: pd.DataFrame) -> list[tuple[dict[str, str], str, pd.DataFrame
     neutral colour."""
     if "loss" not in frame:
         return [({"color": NEUTRAL, "marker": "o"}, "", frame)]
-    return [
-        (style, display(loss), frame[frame["loss"] == loss])
-        for loss, style in loss_styles(present(LOSSES, frame["loss"])).items()
-    ]
+    styles = loss_styles(present(LOSSES, frame["loss"]))
+    return [(style, display(loss), frame[frame["loss"] == loss]) for loss, style in styles.items()]
 
 
 def legend(figure: Figure, handles: Sequence) -> None:
+    """A legend above all panels, of every label once; labels that begin with _ are left out."""
     labelled = {handle.get_label(): handle for handle in handles if not handle.get_label().startswith("_")}
     if labelled:
-        figure.legend(
-            handles=list(labelled.values()), loc="outside upper center", ncols=6, handletextpad=0.4, columnspacing=1.6
-        )
+        space = {"handletextpad": 0.4, "columnspacing": 1.6}
+        figure.legend(handles=list(labelled.values()), loc="outside upper center", ncols=6, **space)
 
 
 def grid(ax: Axes, axis: str = "x") -> None:
+    """Fine lines across the panel at the ticks of `axis` ('x', 'y' or 'both')."""
     ax.grid(axis=axis, color=PALE, linewidth=0.4)
 
 
@@ -153,21 +130,14 @@ def show_film(ax: Axes, film: np.ndarray, boxes: Sequence = (), names: Sequence[
     ax.imshow(film, cmap="gray", vmin=0, vmax=255, extent=(0, size, size, 0))
     ax.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
     ax.spines[:].set_visible(False)
+    frame = {"fill": False, "edgecolor": BOX, "linewidth": 1, "path_effects": DARK_RIM}
+    word = {"color": BOX, "fontsize": 7, "path_effects": DARK_RIM}
     for i, (x1, y1, x2, y2) in enumerate(boxes):
-        ax.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=BOX, linewidth=1, path_effects=DARK_RIM)
-        )
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **frame))
         if i < len(names):  # names above and below by turns: the boxes of one film often start at the same height
             edge = np.clip(y2, 0, 0.91 * size) if i % 2 else np.clip(y1, 0.09 * size, size)
-            ax.text(
-                np.clip(x1, 0, 0.5 * size),
-                edge,
-                class_name(names[i]),
-                va="top" if i % 2 else "bottom",
-                color=BOX,
-                fontsize=7,
-                path_effects=DARK_RIM,
-            )
+            side = "top" if i % 2 else "bottom"
+            ax.text(np.clip(x1, 0, 0.5 * size), edge, class_name(names[i]), va=side, **word)
 
 
 def correlation_text(x: np.ndarray, y: np.ndarray) -> str:

@@ -1,13 +1,16 @@
 """Tables 1 and 2 of Khakzar et al. in the paper's arrangement, ours beside theirs, and the paper's four statements
 checked on our numbers.
 
-Every function takes tidy frames. A `results` frame has one row per run and metric, seeds already averaged:
+Every function takes tidy frames. A `results` frame has one row per run and metric, over all seeds:
 
-    task      'multilabel' or 'binary'             value            the mean
-    backbone  'tdensenet', 'resnet50', any other   ci_low, ci_high  its 95 % interval (NaN: none)
-    loss      'bce', 'wbce', 'focal', 'cb_focal'   n                units averaged over (films, or pairs of film and
-    class) metric    'iobb', 'disjoint', 'auroc', ...     seeds            optional, how many seeds were averaged
-    (absent: 1)
+    task             'multilabel' or 'binary'
+    backbone         'tdensenet', 'resnet50', any other
+    loss             'bce', 'wbce', 'focal', 'cb_focal', any other
+    metric           'iobb', 'disjoint', 'auroc', ...
+    value            the mean over seeds; ci_low, ci_high: its 95 % interval (NaN: none)
+    n                units averaged over: films, or pairs of film and class
+    n_skipped        optional, units left out because they are undefined (absent: 0)
+    seeds            optional, how many seeds (absent: 1)
 
 Runs that are not there become dashes; losses and backbones the paper does not have are appended after the paper's.
 """
@@ -102,15 +105,8 @@ def _beside_paper(results: pd.DataFrame, number: int, data_label: str) -> pd.Dat
     results = _checked(results, ["value", "ci_low", "ci_high", "n"])
     results = results[results["metric"].isin(metrics)]
     results = results.assign(**{name: value for name, value in (("seeds", 1), ("n_skipped", 0)) if name not in results})
-    cells = pd.MultiIndex.from_product(
-        [
-            ordered(TASKS, results["task"]),
-            ordered(BACKBONES, results["backbone"]),
-            ordered(LOSSES, results["loss"]),
-            metrics,
-        ],
-        names=_KEY,
-    )
+    known = zip((TASKS, BACKBONES, LOSSES), _KEY)
+    cells = pd.MultiIndex.from_product([*(ordered(names, results[key]) for names, key in known), metrics], names=_KEY)
     ours = results.set_index(_KEY)[["value", "ci_low", "ci_high", "n", "n_skipped", "seeds"]].reindex(cells)
     ours["paper"] = read_published(number).set_index(_KEY)["value"].reindex(cells)
     table = ours.reset_index()
@@ -131,10 +127,8 @@ def caption(table: pd.DataFrame, interval: str) -> str:
     """
     number = _number(table)
     spec, have = _TABLES[number], table.dropna(subset=["value"])
-    counts = [
-        f"{range_text(rows['n'], *spec['unit'])} ({display(str(task)).lower()})"
-        for task, rows in have.groupby("task", sort=False)
-    ]
+    tasks = have.groupby("task", sort=False)
+    counts = [f"{range_text(rows['n'], *spec['unit'])} ({display(str(task)).lower()})" for task, rows in tasks]
     parts = [f"{spec['title']}. Data: {table['data'].iloc[0]}."]
     if counts:
         parts.append(f"Mean over {' and '.join(counts)}; {range_text(have['seeds'], 'seed', 'seeds')} a run.")
@@ -143,10 +137,8 @@ def caption(table: pd.DataFrame, interval: str) -> str:
         cells = f"{len(skipped)} cell{'s' if len(skipped) > 1 else ''}"
         reason = " (an empty map has no IoR)" if number == 1 else ""
         parts.append(f"In {cells} up to {int(skipped['n_skipped'].max())} are undefined and left out{reason}.")
-    parts.append(
-        f"Under each mean its 95 % interval ({interval}), then the value of {_PAPER}, Table {number} (full NIH "
-        "ChestX-ray14)."
-    )
+    paper = f"then the value of {_PAPER}, Table {number} (full NIH ChestX-ray14)"
+    parts.append(f"Under each mean its 95 % interval ({interval}), {paper}.")
     if have["value"].size < len(table):
         parts.append(f"{MISSING}: no such run.")
     return " ".join(parts)
@@ -164,10 +156,8 @@ def _lines(table: pd.DataFrame) -> tuple[list[list[str]], list[tuple[str, list[s
     """The lines of headings, and the printed lines, three a loss: mean (its label between **), interval, paper."""
     spec = _TABLES[_number(table)]
     columns = list(dict.fromkeys(table[["task", "backbone", "metric"]].itertuples(index=False, name=None)))
-    head = [
-        [name, *(display(column[part]) for column in columns)]
-        for part, name in enumerate(("Task", "Classifier", "Metric"))
-    ]
+    names = enumerate(("Task", "Classifier", "Metric"))
+    head = [[name, *(display(column[part]) for column in columns)] for part, name in names]
     cells, lines = table.set_index(_KEY), []
     for loss in table["loss"].unique():
         rows = [cells.loc[(task, backbone, loss, metric)] for task, backbone, metric in columns]
@@ -181,18 +171,15 @@ def to_markdown(table: pd.DataFrame, *, interval: str) -> str:
     """A frame of `table1` or `table2` as a Markdown table in the paper's arrangement, its caption below; `interval` as
     in `caption`."""
     head, lines = _lines(table)
-    return markdown(
-        [*head, *([label, *cells] for label, cells in lines)], f"**Table {_number(table)}.** {caption(table, interval)}"
-    )
+    below = f"**Table {_number(table)}.** {caption(table, interval)}"
+    return markdown([*head, *([label, *cells] for label, cells in lines)], below)
 
 
 def to_latex(table: pd.DataFrame, *, interval: str) -> str:
     """A frame of `table1` or `table2` as a LaTeX table over the text width (packages: booktabs); `interval` as in
     `caption`."""
-    head, lines = _lines(table)
-    return latex(
-        head, tex_body(lines, bold=False), caption=caption(table, interval), label=_TABLES[_number(table)]["label"]
-    )
+    (head, lines), label = _lines(table), _TABLES[_number(table)]["label"]
+    return latex(head, tex_body(lines, bold=False), caption=caption(table, interval), label=label)
 
 
 def differences_to_bce(results: pd.DataFrame) -> pd.DataFrame:
@@ -244,37 +231,18 @@ def statements(differences: pd.DataFrame, *, margin: float = 0.02) -> pd.DataFra
     rows = []
     for number in sorted({claim[0] for claim in _CLAIMS}):
         claims = {metric: claim for statement, metric, claim in _CLAIMS if statement == number}
-        for metric, claim in claims.items():
-            rows.append(
-                {
-                    "statement": number,
-                    "metric": metric,
-                    "claim": claim,
-                    "margin": margin if claim == "alike" else np.nan,
-                }
-                | _counts(ours, [metric], "")
-                | _counts(paper, [metric], "paper_")
-            )
-        if len(claims) > 1:
-            rows.append(
-                {
-                    "statement": number,
-                    "metric": "both",
-                    "claim": "both",
-                    "margin": margin if "alike" in claims.values() else np.nan,
-                }
-                | _counts(ours, list(claims), "")
-                | _counts(paper, list(claims), "paper_")
-            )
-    return pd.DataFrame(rows).drop(
-        columns=["paper_intervals", "paper_supported", "paper_contradicted", "paper_excludes_zero"]
-    )
+        for metrics in [[metric] for metric in claims] + ([list(claims)] if len(claims) > 1 else []):
+            name = metrics[0] if len(metrics) == 1 else "both"
+            bound = margin if "alike" in map(claims.get, metrics) else np.nan
+            row = {"statement": number, "metric": name, "claim": claims.get(name, "both"), "margin": bound}
+            rows.append(row | _counts(ours, metrics, "") | _counts(paper, metrics, "paper_"))
+    unprinted = ["paper_intervals", "paper_supported", "paper_contradicted", "paper_excludes_zero"]
+    return pd.DataFrame(rows).drop(columns=unprinted)
 
 
 def _verdicts(differences: pd.DataFrame, margin: float) -> pd.DataFrame:
-    differences = differences.astype(
-        dict.fromkeys(["difference", "ci_low", "ci_high"], float)
-    )  # an empty frame has columns of objects
+    # An empty frame has columns of objects.
+    differences = differences.astype(dict.fromkeys(["difference", "ci_low", "ci_high"], float))
     frame = differences[(differences["loss"] != BASELINE) & np.isfinite(differences["difference"])].copy()
     claim = frame["metric"].map({metric: claim for _, metric, claim in _CLAIMS})
     frame, claim = frame[claim.notna()], claim.dropna()
@@ -310,12 +278,9 @@ def _paragraph(number: int, rows: pd.DataFrame) -> str:
         3: "The cost-sensitive losses raise IoBB and lower IoR",
         4: "The cost-sensitive losses give more concepts",
     }[number]
-    overall = rows.iloc[-1]
-    verdict = (
-        f"holds in {of_cells(overall['holds'], overall['cells'])}"
-        if overall["cells"]
-        else "cannot be checked, no cell has its runs"
-    )
+    overall, verdict = rows.iloc[-1], "cannot be checked, no cell has its runs"
+    if overall["cells"]:
+        verdict = f"holds in {of_cells(overall['holds'], overall['cells'])}"
     parts = [f"**{number}. {heading}**: {verdict}."]
     for metric, row in rows.iterrows():
         if metric != "both" and row["cells"]:
@@ -323,10 +288,8 @@ def _paragraph(number: int, rows: pd.DataFrame) -> str:
     if not overall["paper_cells"]:
         parts.append("The paper shows this in its Fig. 2 only and prints no table to count in.")
     else:
-        each = ", ".join(
-            f"{display(str(metric))} in {of_cells(row['paper_holds'], row['paper_cells'])}"
-            for metric, row in rows.iterrows()
-        )
+        counts = {str(metric): of_cells(row["paper_holds"], row["paper_cells"]) for metric, row in rows.iterrows()}
+        each = ", ".join(f"{display(metric)} in {count}" for metric, count in counts.items())
         parts.append(f"In the paper's own Table {number - 2}: {each}.")
     return " ".join(parts)
 
@@ -336,12 +299,9 @@ def _metric_sentence(metric: str, row: pd.Series, margin: float) -> str:
     sentence = f"{display(metric)} is {what} in {of_cells(row['holds'], row['cells'])}"
     if not row["intervals"]:
         return sentence + " (no intervals)."
-    alike = row["claim"] == "alike"
-    yes, no = (
-        ("lies within that margin", "wholly outside it")
-        if alike
-        else ("excludes zero on that side", "on the other side")
-    )
+    yes, no = "excludes zero on that side", "on the other side"
+    if row["claim"] == "alike":
+        yes, no = "lies within that margin", "wholly outside it"
     of = "" if row["intervals"] == row["cells"] else f" (of {row['intervals']} with one)"
     supported, contradicted = (row[name] or "none" for name in ("supported", "contradicted"))
     return sentence + f"; the 95 % interval of the difference {yes} in {supported}{of}, {no} in {contradicted}."

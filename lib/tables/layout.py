@@ -40,14 +40,11 @@ def long_metrics(metrics: pd.DataFrame, names: tuple[str, ...] = ("auroc", "ap",
     absent become NaN.
     """
     parts = []
-    keep = [
-        column for column in metrics if not any(column in (name, f"{name}_ci_low", f"{name}_ci_high") for name in names)
-    ]
+    given = {f"{name}{end}" for name in names for end in ("", "_ci_low", "_ci_high")}
+    kept, none = metrics[[column for column in metrics if column not in given]], pd.Series(np.nan, metrics.index)
     for name in names:
-        bounds = {
-            f"ci_{side}": metrics.get(f"{name}_ci_{side}", pd.Series(np.nan, metrics.index)) for side in ("low", "high")
-        }
-        parts.append(metrics[keep].assign(metric=name, value=metrics[name], **bounds))
+        bounds = {bound: metrics.get(f"{name}_{bound}", none) for bound in ("ci_low", "ci_high")}
+        parts.append(kept.assign(metric=name, value=metrics[name], **bounds))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -92,14 +89,8 @@ def markdown(rows: Sequence[Sequence[str]], below: str, n_labels: int = 1) -> st
 
 def tex(text: str) -> str:
     """`text` with LaTeX's special characters escaped, and dashes as LaTeX writes them."""
-    special = {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "—": "---",
-        "–": "--",
-        " %": r"\,\%",
-    }
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"—": "---", "–": "--", " %": r"\,\%"}
     special |= {character: "\\" + character for character in "&%$#_{}"}
     out, i = [], 0
     while i < len(text):

@@ -1,18 +1,18 @@
-"""The names that tables and figures print, and their order."""
+"""The names that tables and figures print, and their order. Losses and localization metrics are named where they are
+computed."""
 
 import pandas as pd
 
+from lib.analysis import localization
+from lib.losses import LOSSES as _LOSSES
+
 TASKS = {"multilabel": "Multi-label", "binary": "Binary"}
 BACKBONES = {"tdensenet": "T-DenseNet", "resnet50": "ResNet50"}
-LOSSES = {"bce": "BCE", "wbce": "WBCE", "focal": "Focal", "cb_focal": "CB-Focal"}
+LOSSES = {name: loss.label for name, loss in _LOSSES.items()}
 METRICS = {
-    "auroc": "AUROC",
-    "ap": "AP",
-    "mean_probability": "Mean probability",
-    "iobb": "IoBB",
-    "ior": "IoR",
-    "disjoint": "Disjoint",
-    "unique": "Unique",
+    **{"auroc": "AUROC", "ap": "AP", "mean_probability": "Mean probability"},
+    **{name: metric.label for name, metric in localization.METRICS.items()},
+    **{"disjoint": "Disjoint", "unique": "Unique"},
 }
 MISSING = "—"
 

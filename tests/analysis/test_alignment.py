@@ -8,10 +8,12 @@ import scipy.ndimage
 import torch
 from torch import nn
 
-from lib.analysis.alignment import align, pair_cams
+from lib.analysis.alignment import align, pair_cams, summary
 from lib.analysis.dissection.concepts import concept_records, dissect
 from lib.analysis.inference import Output, stream
+from lib.analysis.localization import METRICS, Metric
 from lib.analysis.pairs import box_pairs, with_other_boxes
+from lib.analysis.statistics import mean_interval, paired_difference
 from lib.data.batches import Batch
 from tests.analysis import reference_cam, reference_localization
 from tests.analysis.dissection import reference_dissection
@@ -282,6 +284,46 @@ def test_alignment_with_other_boxes_equals_a_loop_over_pairs(study, method, roun
         iobb, ior, *_ = reference_localization.overlap(scaled(raw), other[found.image, found[2]], SIZE, rounding)
         np.testing.assert_allclose([found.iobb_other, found.ior_other], [iobb, ior], rtol=1e-4, atol=1e-6)
     assert not np.allclose(table["iobb"], table["iobb_other"])
+
+
+def test_a_metric_of_your_own_is_recorded_and_summarised(study, monkeypatch):
+    """The area of the box where the map is above a half: one function and one line, here and in the summary."""
+    model, _, films, boxes = study
+    pairs, options = with_other_boxes(box_pairs(films, boxes, CLASSES)), {"layer": "trunk", "image_size": SIZE}
+    before = align(outputs(study), pairs, model.head, **options)
+
+    def marked(overlap):
+        above = (overlap.films() > 0.5) & overlap.masks()
+        return above.sum((1, 2)) / overlap.area
+
+    metric = Metric("Marked", "share of the box above a half", marked, chance="box_area")
+    monkeypatch.setitem(METRICS, "marked", metric)
+    table = align(outputs(study), pairs, model.head, **options)
+    pd.testing.assert_frame_equal(table.drop(columns=["marked", "marked_other"]), before, check_exact=True)
+    position = {image: k for k, image in enumerate(films["image"])}
+    head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
+    corners = {(image, name): box for image, name, box in zip(pairs["image"], pairs["class"], pairs["boxes"])}
+    for found in table.itertuples(index=False):
+        maps = native(study, position[found.image])
+        cam = scaled(reference_cam.raw_map(maps, head, CLASSES.index(found[2]), "cam"))
+        mask = reference_localization.drawn(corners[found.image, found[2]], SIZE)
+        expected = (reference_localization.resized(cam, SIZE)[mask] > 0.5).mean() if mask.any() else np.nan
+        assert found.marked == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    assert summary(table, 0).index.tolist() == ["iobb", "ior", "marked"]
+
+
+def test_summary_by_hand(study):
+    model, _, films, boxes = study
+    pairs = with_other_boxes(box_pairs(films, boxes, CLASSES))
+    table = align(outputs(study), pairs, model.head, layer="trunk", image_size=SIZE)
+    found = summary(table, 50)
+    assert found["metric"].to_dict() == {"iobb": "IoBB", "ior": "IoR"}
+    for name, chance in (("iobb", "cam_mass"), ("ior", "box_area")):
+        row, mean = found.loc[name], mean_interval(table[name], table["patient"], 50)
+        assert row[["point", "low", "high", "n", "n_skipped"]].tolist() == [*mean[:4], mean.n_skipped]
+        assert row["anywhere"] == table[chance].mean() and row["other_film"] == table[f"{name}_other"].mean()
+        gain = paired_difference(table[name], table[f"{name}_other"], table["patient"], 50)
+        assert row[["gain_point", "gain_low", "gain_high"]].tolist() == list(gain[:3])
 
 
 @pytest.mark.parametrize("size", [1, 4, N])

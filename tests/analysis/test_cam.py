@@ -217,6 +217,16 @@ def test_gradpp_without_a_denominator_is_zero():
     assert channel_contributions(maps, torch.tensor([[2.0, 2.0]]), "gradpp")[0, 0, 0] == 0
 
 
+def test_xgrad_drops_a_channel_whose_map_sums_to_zero():
+    maps = torch.tensor([[[[-5.0, 5.0]], [[2.0, 1.0]]]])  # sum(g A) / S is 0/0 in the first, which is dropped
+    raw = class_activation_maps(maps, torch.tensor([[4.0, 2.0]]), "xgrad")
+    torch.testing.assert_close(raw.flatten(), maps[0, 1].flatten())
+    rows = torch.tensor([0])
+    torch.testing.assert_close(pair_maps(maps, torch.tensor([[4.0, 2.0]]), rows, rows, "xgrad"), raw[0])
+    whole = class_activation_maps(maps, torch.tensor([[4.0, 2.0]]), "hires")
+    assert not torch.equal(whole, raw)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("method", METHODS)
 def test_not_finite_is_named(method, value):
@@ -262,6 +272,9 @@ def test_normalise():
     torch.testing.assert_close(normalise(raw, rectify=False)[3], torch.tensor([[1, 2 / 3], [1 / 3, 0]]))
     speckle = torch.full((4, 4), 3.0) * (1 + 2e-7 * features((4, 4), signed=True, dtype=torch.float32))
     assert normalise(speckle).abs().max() == 0
+    deep = torch.tensor([[-3e6, 0, 1, 2]])  # flat beside its negative part, but that is cut off first
+    assert normalise(deep).tolist() == [[0, 0, 0.5, 1]]
+    assert normalise(torch.tensor([[-1e30, -1e23]])).abs().max() == 0
     assert normalise(torch.tensor([[-3e38, 3e38]]), rectify=False).tolist() == [[0, 1]]
     torch.testing.assert_close(normalise(torch.tensor([[0, 1e-37, 2e-37]])), torch.tensor([[0, 0.5, 1]]))
     with pytest.raises(ValueError, match=r"map \[1\]"):

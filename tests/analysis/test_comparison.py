@@ -1,8 +1,8 @@
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit
+from sklearn.metrics import roc_auc_score
 
 from lib.analysis import comparison
 from lib.analysis.metrics import classification_metrics, metric_differences
@@ -51,10 +51,31 @@ def test_means_of_every_run():
     assert table.loc[1, ["ci_low", "ci_high"]].tolist() == [2, 2]
 
 
-def test_seeds_are_averaged_film_by_film():
+def test_seeds_are_averaged_after_each_one_s_mean():
     records = pd.concat([concepts([1, 2, np.nan], "bce", 0), concepts([3, np.nan, np.nan], "bce", 1)])
     table = comparison.record_means(records, ["unique"], ["image"], n_replicates=0)
-    assert table.loc[0, ["value", "n", "n_skipped", "seeds"]].tolist() == [2.0, 2, 1, 2]  # films: 2, 2 and undefined
+    # Means 1.5 and 3; the second seed leaves out two records.
+    assert table.loc[0, ["value", "n", "n_skipped", "seeds"]].tolist() == [2.25, 1, 2, 2]
+
+
+def test_differences_of_several_seeds():
+    bce = pd.concat([concepts([1, 2, 6], "bce", seed) for seed in (0, 1)])
+    focal = pd.concat(
+        [concepts([2, 3, 7], "focal", 0), concepts([5, 6, 10], "focal", 1), concepts([1, 2, 6], "focal", 2)]
+    )
+    for records in (pd.concat([bce, focal]), pd.concat([focal, bce[bce["seed"] == 0]]).sample(frac=1, random_state=1)):
+        table = comparison.record_differences(records, ["unique"], ["image"], n_replicates=30)
+        values = table.loc[0, ["difference", "ci_low", "ci_high"]].astype(float)
+        np.testing.assert_allclose(values, 5 / 3)  # (1 + 4 + 0) / 3, the same on every film
+
+
+def test_seeds_with_records_of_different_films_are_refused():
+    records = pd.concat([concepts([1, 2, 6], "bce", 0), concepts([1, 2], "bce", 1, images="ab")])
+    with pytest.raises(ValueError, match="the seeds of multilabel-tdensenet-bce were evaluated on different films"):
+        comparison.record_means(records, ["unique"], ["image"], n_replicates=0)
+    frames = [predictions("bce", 0), predictions("bce", 1).query("image != '003'")]
+    with pytest.raises(ValueError, match="the seeds of multilabel-tdensenet-bce were evaluated on different films"):
+        comparison.prediction_metrics(pd.concat(frames), n_replicates=0)
 
 
 def test_a_record_is_a_film_and_a_class():
@@ -124,27 +145,44 @@ def test_arrays_of_one_run():
     logits, targets, classes, patients = comparison.prediction_arrays(
         frame.sample(frac=1, random_state=1).sort_values("class", ascending=False, kind="stable")
     )
-    assert classes == ["Mass", "Edema"] and logits.dtype == np.float64 and targets.dtype == np.int64
+    assert (
+        classes == ["Mass", "Edema"]
+        and logits.shape == (1, 60, 2)
+        and logits.dtype == np.float64
+        and targets.dtype == np.int64
+    )
     for m, name in enumerate(classes):
         part = frame[frame["class"] == name].sort_values("image")
-        assert logits[:, m].tolist() == part["logit"].tolist() and targets[:, m].tolist() == part["target"].tolist()
+        assert logits[0, :, m].tolist() == part["logit"].tolist() and targets[:, m].tolist() == part["target"].tolist()
         assert patients.tolist() == part["patient"].tolist()
 
 
-def test_seeds_are_averaged_as_probabilities():
+def test_seeds_are_scored_one_by_one():
+    """The mean over seeds of each one's AUROC: that of their mean probability belongs to the ensemble."""
     frames = [predictions("bce", seed) for seed in (0, 1, 2)]
-    logits, _, _, _ = comparison.prediction_arrays(pd.concat(frames))
-    for k in range(5):
-        p = np.mean([1 / (1 + math.exp(-frame["logit"][k])) for frame in frames])
-        assert logits[k, 0] == pytest.approx(math.log(p / (1 - p)), rel=1e-9)
+    logits, targets, classes, patients = comparison.prediction_arrays(pd.concat(frames))
+    assert logits.shape == (3, 60, 2)
+    table = comparison.prediction_metrics(pd.concat(frames), n_replicates=0).set_index("class")
+    for m, name in enumerate(classes):
+        scores = [roc_auc_score(targets[:, m], seed[:, m]) for seed in logits]
+        assert table.loc[name, "auroc"] == pytest.approx(np.mean(scores), abs=1e-12)
+        ensemble = roc_auc_score(targets[:, m], expit(logits[:, :, m]).mean(axis=0))
+        assert ensemble > table.loc[name, "auroc"] + 0.02
+    expected = classification_metrics(logits, targets, classes, patients, 0, 0)
+    pd.testing.assert_frame_equal(table.reset_index()[expected.columns], expected)
 
 
-def test_sure_seeds_stay_finite():
-    frames = [predictions("bce", seed).assign(logit=logit) for seed in (0, 1) for logit in [800.0 if seed else 750.0]]
-    logits, _, _, _ = comparison.prediction_arrays(pd.concat(frames))
-    assert np.isfinite(logits).all() and (logits > 30).all()
-    logits, _, _, _ = comparison.prediction_arrays(pd.concat([frame.assign(logit=-800.0) for frame in frames]))
-    assert np.isfinite(logits).all() and (logits < -600).all()
+def test_prediction_differences_of_several_seeds():
+    frames = [predictions(loss, seed, shift=shift) for loss, shift in (("bce", 0), ("focal", 1)) for seed in (0, 1, 2)]
+    frames = [frame for frame in frames if (frame["loss"][0], frame["seed"][0]) != ("bce", 2)]
+    table = comparison.prediction_differences(pd.concat(frames), n_replicates=40).set_index("metric")
+    average = [
+        comparison.prediction_metrics(frame, n_replicates=0).set_index("class").loc["Average"] for frame in frames
+    ]
+    for metric in ("auroc", "ap", "mean_probability"):
+        means = [np.mean([row[metric] for row in average if row["loss"] == loss]) for loss in ("focal", "bce")]
+        assert table.loc[metric, "difference"] == pytest.approx(means[0] - means[1], abs=1e-12)
+        assert table.loc[metric, "ci_low"] < table.loc[metric, "difference"] < table.loc[metric, "ci_high"]
 
 
 def test_prediction_metrics_are_those_of_each_run():
@@ -201,31 +239,3 @@ def test_predictions_of_different_films_are_refused(change):
 def test_no_bce_run_at_all():
     assert comparison.prediction_differences(predictions("focal"), n_replicates=0).empty
     assert comparison.record_differences(concepts([1, 2, 3], "focal"), ["unique"], ["image"], n_replicates=0).empty
-
-
-# --- typical films
-
-
-def test_typical_pairs_are_at_the_median_of_their_class():
-    table = pd.DataFrame(
-        {
-            "image": list("abcade"),
-            "class": ["Mass"] * 3 + ["Edema"] * 2 + ["Nodule"],
-            "iobb": [0.1, 0.5, 0.9, 0.3, 0.3, np.nan],
-        }
-    )
-    found = comparison.typical_pairs(table)
-    assert found.values.tolist() == [
-        ["a", "Edema", 0.3],
-        ["b", "Mass", 0.5],
-    ]  # a tie goes to the first name; an undefined pair is no example
-    assert comparison.typical_pairs(table, per_class=2)["image"].tolist() == ["a", "d", "b", "a"]
-
-
-def test_typical_pairs_average_over_runs_first():
-    one = pd.DataFrame({"image": ["a", "b", "c"], "class": "Mass", "iobb": [0.0, 0.5, 1.0]})
-    other = one.assign(iobb=[0.9, 0.5, 1.0])  # means: a .45, b .5, c 1
-    assert comparison.typical_pairs(pd.concat([one, other]))["image"].tolist() == ["b"]
-    assert comparison.typical_pairs(pd.concat([one, other.assign(iobb=[1.0, 0.9, 0.1])]))["image"].tolist() == [
-        "c"
-    ]  # .5, .7, .55

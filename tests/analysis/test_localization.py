@@ -1,11 +1,13 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from lib.analysis.cam import normalise, resize
 from lib.analysis.localization import (
-    COLUMNS,
+    METRICS,
     THRESHOLDS,
+    Metric,
     box_mask,
     box_masks,
     disjoint_rectangles,
@@ -38,7 +40,7 @@ def cams(n, shape=(5, 5), seed=0):
 def test_equals_resize_and_sum(shape, rounding, threshold):
     maps = cams(len(BOXES), shape) if shape != (1, 1) else torch.full((len(BOXES), 1, 1), 0.4, dtype=torch.float64)
     ours = soft_overlap(maps, BOXES, 40, rounding=rounding, threshold=threshold)
-    assert list(ours.columns) == COLUMNS
+    assert list(ours.columns) == [*METRICS, "box_area", "cam_mass"] == ["iobb", "ior", "iou", "box_area", "cam_mass"]
     for pair, boxes in enumerate(BOXES):
         expected = reference.overlap(maps[pair].numpy(), boxes, 40, rounding, threshold)
         np.testing.assert_allclose(ours.iloc[pair], expected, rtol=1e-9, atol=1e-12, err_msg=str(boxes))
@@ -77,6 +79,45 @@ def test_undefined_cases_and_zero_policy():
     filled = soft_overlap(maps, boxes, 40, zero_policy="zero")
     assert (filled[["iobb", "ior", "iou"]] == 0).all(axis=None)
     assert len(soft_overlap(torch.zeros(0, 5, 5), [], 40)) == 0
+
+
+def test_a_value_at_the_threshold_reaches_it():
+    maps = torch.tensor([[[0.5, 0.25], [0.5, 0.25]], [[0.25, 0.25], [0.25, 0.25]]])
+    for dtype in (torch.float32, torch.float64):
+        at, above = (soft_overlap(maps.to(dtype), [[(0, 0, 1, 2)]] * 2, 2, threshold=t) for t in (0.5, 0.500001))
+        assert at["iobb"].tolist() == [1, 0] and at["cam_mass"].tolist() == [0.5, 0]
+        assert (above["cam_mass"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_maps_of_half_precision(dtype, threshold):
+    maps = cams(len(BOXES)).to(dtype)
+    ours = soft_overlap(maps, BOXES, 40, threshold=threshold)
+    pd.testing.assert_frame_equal(ours, soft_overlap(maps.float(), BOXES, 40, threshold=threshold), check_exact=True)
+
+
+def hit(overlap):
+    """The pointing game: 1 where the map's largest value lies in a box; where several are largest, the share."""
+    films, masks = overlap.films(), overlap.masks()
+    largest = films == films.max(axis=(1, 2), keepdims=True)
+    return (largest & masks).sum(axis=(1, 2)) / largest.sum(axis=(1, 2))
+
+
+def test_a_metric_of_your_own_is_one_function_and_one_line(monkeypatch):
+    before = soft_overlap(cams(len(BOXES)), BOXES, 40)
+    monkeypatch.setitem(METRICS, "hit", Metric("Hit rate", "the peak lies in the box", hit, chance="box_area"))
+    maps = cams(len(BOXES))
+    maps[1] = 0
+    table = soft_overlap(maps, BOXES, 40, zero_policy="skip")
+    assert list(table.columns) == ["iobb", "ior", "iou", "hit", "box_area", "cam_mass"]
+    pd.testing.assert_frame_equal(table.drop(columns="hit").drop(index=1), before.drop(index=1), check_exact=True)
+    for pair, boxes in enumerate(BOXES):
+        film, mask = reference.resized(maps[pair].numpy(), 40), reference.drawn(boxes, 40)
+        at = np.argwhere(np.isclose(film, film.max(), rtol=1e-12, atol=0))
+        assert table["hit"][pair] == pytest.approx(np.mean([mask[y, x] for y, x in at]))
+    assert table["hit"].nunique() > 1 and table["hit"][1] == 1  # the box of pair 1 is the whole film
+    assert np.isnan(soft_overlap(maps[:1], [[]], 40)["hit"][0])
 
 
 def test_perfect_and_disjoint_maps():
@@ -131,14 +172,19 @@ def test_order_and_grouping_do_not_matter():
 
 
 def test_pixel_boxes_rounding():
-    assert pixel_boxes([(1.2, 2.0, 3.0, 4.1)], 10).tolist() == [[1, 2, 3, 5]]
-    assert pixel_boxes([(1.2, 2.0, 3.9, 4.1)], 10, rounding="trunc").tolist() == [[1, 2, 3, 4]]
-    assert pixel_boxes([(1.2, 2.2, 1.4, 2.3)], 10).tolist() == [[1, 2, 2, 3]]
-    assert pixel_boxes([(1.2, 2.2, 1.4, 2.3)], 10, rounding="trunc").tolist() == []
-    assert pixel_boxes([(1 - 1e-12, 0, 3 + 1e-12, 4)], 10).tolist() == [[1, 0, 3, 4]]
-    assert pixel_boxes([(3 - 1e-9, 0, 3 + 1e-9, 4)], 10).tolist() == [[3, 0, 4, 4]]
-    assert pixel_boxes([(-4, -4, -1, 3), (10, 0, 12, 4), (2, 2, 2, 8)], 10).tolist() == []
-    assert pixel_boxes(np.empty((0, 4)), 10).shape == (0, 4)
+    def pixels(boxes, rounding="outward"):
+        return pixel_boxes([boxes], 10, rounding=rounding)[0].tolist()
+
+    assert pixels([(1.2, 2.0, 3.0, 4.1)]) == [[1, 2, 3, 5]]
+    assert pixels([(1.2, 2.0, 3.9, 4.1)], "trunc") == [[1, 2, 3, 4]]
+    assert pixels([(1.2, 2.2, 1.4, 2.3)]) == [[1, 2, 2, 3]]
+    assert pixels([(1.2, 2.2, 1.4, 2.3)], "trunc") == []
+    assert pixels([(1 - 1e-12, 0, 3 + 1e-12, 4)]) == [[1, 0, 3, 4]]
+    assert pixels([(3 - 1e-9, 0, 3 + 1e-9, 4)]) == [[3, 0, 4, 4]]
+    assert pixels([(-4, -4, -1, 3), (10, 0, 12, 4), (2, 2, 2, 8)]) == []
+    assert pixel_boxes([np.empty((0, 4))], 10)[0].shape == (0, 4)
+    boxes, owner = pixel_boxes([[], [(0, 0, 2, 2), (3, 3, 3, 9)], [(1, 1, 4, 4), (5, 5, 6, 6)]], 10)
+    assert owner.tolist() == [1, 2, 2] and boxes[0].tolist() == [0, 0, 2, 2]
 
 
 def test_disjoint_rectangles_tile_the_union():

@@ -10,7 +10,6 @@ from lib.analysis import metrics
 from lib.analysis.metrics import (
     COLUMNS,
     METRICS,
-    calibration_curve,
     classification_metrics,
     metric_differences,
     metric_intervals,
@@ -161,25 +160,61 @@ def test_tensors_and_seeds():
     ).any()
 
 
-def test_calibration_curve():
+def test_calibration_error_by_hand(monkeypatch):
+    monkeypatch.setattr(metrics, "N_BINS", 2)
     probabilities = np.array([0.0, 0.05, 0.1, 0.45, 0.5, 1.0])
     with np.errstate(divide="ignore"):
         logits = np.clip(np.log(probabilities / (1 - probabilities)), -800, 800)[:, None]
-    curve = calibration_curve(logits, [[0], [1], [1], [0], [1], [1]], ["x"], n_bins=2)
-    np.testing.assert_array_equal(curve["n"], [4, 2])  # 0.5 belongs to the upper bin
-    np.testing.assert_allclose(curve["mean_probability"], [0.15, 0.75])
-    np.testing.assert_allclose(curve["frequency"], [0.5, 1.0])
-    assert list(curve.columns) == ["class", "bin", "bin_low", "bin_high", "n", "mean_probability", "frequency"]
+    frame = classification_metrics(logits, [[0], [1], [1], [0], [1], [1]], ["x"], range(6), n_replicates=0)
+    # Four films of mean 0.15 and frequency 0.5, two of 0.75 and 1: 0.5 belongs to the upper bin.
+    assert frame["ece"][0] == pytest.approx((4 * 0.35 + 2 * 0.25) / 6)
+    monkeypatch.setattr(metrics, "N_BINS", 7)
+    logits, targets, patients = films(n=20)  # bins without a film
+    for m, found in enumerate(classification_metrics(logits, targets, CLASSES, patients, n_replicates=0)["ece"][:3]):
+        assert found == pytest.approx(reference.calibration_error(logits[:, m], targets[:, m], 7), abs=1e-12)
 
-    logits, targets, _ = films()
-    curve = calibration_curve(logits, targets, CLASSES)
-    assert (curve.groupby("class")["n"].sum() == len(logits)).all() and len(curve) == 45
-    assert curve.loc[curve["n"] == 0, ["mean_probability", "frequency"]].isna().all(axis=None)
-    ece = classification_metrics(logits, targets, CLASSES, range(len(logits)), n_replicates=0)["ece"][:3]
-    gap = (curve["mean_probability"] - curve["frequency"]).abs().fillna(0) * curve["n"] / len(logits)
-    np.testing.assert_allclose(ece, gap.groupby(curve["class"], sort=False).sum(), atol=1e-12)
-    with pytest.raises(ValueError, match="n_bins"):
-        calibration_curve(logits, targets, CLASSES, n_bins=0)
+
+@pytest.mark.parametrize("n_seeds", [1, 3])
+def test_several_seeds_are_scored_one_by_one(n_seeds):
+    """The mean over seeds of each seed's metric, and the same of its replicates: not the metric of mean predictions."""
+    _, targets, patients = tied_films(n=40, n_patients=12)
+    generator = np.random.default_rng(4)
+    seeds = np.round(generator.normal(size=(n_seeds, 40, 3)) + targets, 1)
+    frame = classification_metrics(seeds, targets, CLASSES, patients, n_replicates=60, seed=5)
+    alone = [classification_metrics(one, targets, CLASSES, patients, n_replicates=0) for one in seeds]
+    columns = [column for column in COLUMNS[1:] if "_ci_" not in column]
+    np.testing.assert_allclose(frame[columns], np.mean([one[columns] for one in alone], axis=0), atol=1e-12)
+    drawn = statistics_reference.resampled_films(patients, 60, seed=5)
+    for m in range(3):
+        values = [
+            np.mean([statistics_reference.auroc(one[chosen, m], targets[chosen, m]) for one in seeds])
+            for chosen in drawn
+        ]
+        low, high = statistics_reference.percentile_interval(values)
+        np.testing.assert_allclose(
+            frame.loc[m, ["auroc_ci_low", "auroc_ci_high"]].astype(float), (low, high), atol=1e-12
+        )
+    if n_seeds == 1:
+        single = classification_metrics(seeds[0], targets, CLASSES, patients, n_replicates=60, seed=5)
+        pd.testing.assert_frame_equal(frame, single, check_exact=True)
+    else:
+        ensemble = classification_metrics(seeds.mean(axis=0), targets, CLASSES, patients, n_replicates=0)
+        assert (ensemble["auroc"] > frame["auroc"] + 0.05).all()
+
+
+def test_differences_of_several_seeds_are_those_of_their_means():
+    logits, targets, patients = tied_films(n=60, n_patients=20)
+    generator = np.random.default_rng(6)
+    a, b = (logits + generator.normal(scale=0.7, size=(n, *logits.shape)) for n in (3, 2))
+    frame = metric_differences(a, b, targets, CLASSES, patients, 40, seed=2)
+    mine, others = (metric_intervals(seeds, targets, CLASSES, patients, 0) for seeds in (a, b))
+    np.testing.assert_allclose(frame["point"], mine["point"] - others["point"], atol=1e-12)
+    values = []
+    for chosen in statistics_reference.resampled_films(patients, 40, seed=2):
+        of = [np.mean([statistics_reference.auroc(z[chosen, 0], targets[chosen, 0]) for z in run]) for run in (a, b)]
+        values.append(of[0] - of[1])
+    row = frame.set_index(["class", "metric"]).loc[("Effusion", "auroc")]
+    np.testing.assert_allclose((row["low"], row["high"]), statistics_reference.percentile_interval(values), atol=1e-12)
 
 
 def test_calibrated_predictions_have_a_small_error():
@@ -364,6 +399,11 @@ def test_differences_of_two_runs_are_paired():
             {"logits": np.array([[0, 0, 0], [0, np.nan, np.inf], [0] * 3, [0] * 3])},
             "2 logits that are not finite; the first is nan in row 1, class 'b'",
         ),
+        (
+            {"logits": np.stack([np.zeros((4, 3)), np.full((4, 3), np.inf)])},
+            "12 logits that are not finite; the first is inf in row 0, class 'a'",
+        ),
+        ({"logits": np.zeros((2, 3, 3))}, r"\(2, 3, 3\) and targets \(4, 3\)"),
         ({"targets": np.full((4, 3), 2)}, "12 targets other than 0 and 1; the first is 2 in row 0, class 'a'"),
     ],
 )

@@ -107,6 +107,43 @@ def test_paired_difference_skips_records_undefined_in_either():
     assert (interval.point, interval.n, interval.n_skipped) == (0.75, 4, 2)
 
 
+@pytest.mark.parametrize("n_seeds", [1, 3])
+def test_means_of_several_seeds_equal_a_literal_resampling_loop(n_seeds):
+    generator = np.random.default_rng(8)
+    patients = film_patients(n=30, n_patients=9)
+    values = generator.random((n_seeds, 30)) + 5 * np.arange(n_seeds)[:, None] ** 2
+    values[generator.random(values.shape) < 0.2] = np.nan
+    values[0, patients == patients[0]] = np.nan
+
+    def mean(films):
+        return np.mean([np.nanmean([seed[i] for i in films]) for seed in values])
+
+    found = mean_interval(values, patients, 60, seed=3)
+    means = [mean(films) for films in reference.resampled_films(patients, 60, seed=3)]
+    np.testing.assert_allclose(found.point, mean(range(30)), atol=1e-12)
+    np.testing.assert_allclose((found.low, found.high), reference.percentile_interval(means), atol=1e-12)
+    left = [np.isnan(seed).sum() for seed in values]
+    assert found.n_skipped == max(left) and found.n == 30 - max(left)
+    if n_seeds == 1:
+        assert found == mean_interval(values[0], patients, 60, seed=3)
+    else:
+        assert abs(found.point - np.nanmean(values)) > 0.01  # records of all seeds together would weigh seeds unevenly
+
+
+def test_a_difference_of_several_seeds_is_that_of_their_means():
+    generator = np.random.default_rng(9)
+    patients = film_patients(n=30, n_patients=9)
+    a, b = generator.random((3, 30)), generator.random((2, 30))
+    found = paired_difference(a, b, patients, 60, seed=3)
+    expected = mean_interval(a.mean(axis=0) - b.mean(axis=0), patients, 60, seed=3)
+    np.testing.assert_allclose(found[:3], expected[:3], atol=1e-12)
+    assert found[3:] == expected[3:]
+    one = paired_difference(a[0], b[0], patients, 60, seed=3)
+    assert one == mean_interval(a[0] - b[0], patients, 60, seed=3)
+    with pytest.raises(ValueError, match=r"\(3, 30\) and values_b \(29,\): both must hold the same records"):
+        paired_difference(a, b[0, :29], patients, 5)
+
+
 def test_pairing_shrinks_the_interval_of_correlated_runs():
     generator = np.random.default_rng(0)
     patients = np.repeat(np.arange(60), 3)

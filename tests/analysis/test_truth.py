@@ -7,7 +7,7 @@ from lib.analysis.dissection.concepts import concept_totals
 from lib.analysis.dissection.quantile import StreamingQuantile
 from lib.analysis.localization import soft_overlap
 from lib.analysis.pairs import box_pairs
-from lib.analysis.truth import UNHEALTHY, lesion_maps, planted_channels
+from lib.analysis.truth import UNHEALTHY, lesion_maps, planted_channels, planted_concepts, ruler
 from lib.data.nih import read_release
 from lib.data.phantom.films import read_lesion_masks
 from lib.data.release import CLASSES, film_boxes, task_boxes
@@ -154,6 +154,42 @@ def test_exact_masks_fill_their_exact_boxes(films):
     )  # only the cells at the border of the box are shared
 
 
+def test_the_ruler_is_straight(films):
+    """Exact masks have the filled share where they were drawn, and where the boxes grow to whole pixels of a smaller
+    film; the cells of a model's maps cost IoR; IoBB alone is won by a map that is 1 everywhere."""
+    masks, classes, boxes = films
+    for size in (SIZE, 45, 30):
+        own = scaled(boxes, size)
+        found = ruler(masks, classes, BOXED, own, own[1:] + own[:1], size, 7)
+        assert list(found.columns) == ["iobb", "ior", "filled"] and len(found) == 5
+        drawn, film, cells, other, everywhere = (row for _, row in found.iterrows())
+        assert drawn["filled"] == pytest.approx(filled(masks, classes, boxes, SIZE).mean(), rel=1e-12)
+        assert drawn["iobb"] == pytest.approx(drawn["filled"], rel=1e-9) and drawn["ior"] == pytest.approx(1, rel=1e-9)
+        # Each lesion covers as much of the film as before; its box is that of whole pixels.
+        whole = [reference_localization.drawn(box, size).mean() for box in own]
+        lesions = [mask[name].mean() for mask, name in zip(masks, classes, strict=True)]
+        assert film["filled"] == pytest.approx(np.mean(np.divide(lesions, whole)), rel=1e-5)
+        assert film["iobb"] == pytest.approx(film["filled"], rel=1e-6) and film["ior"] == pytest.approx(1, rel=1e-6)
+        assert (film["filled"] < drawn["filled"] - 0.02) == (size < SIZE)
+        assert cells["ior"] < 0.75 and np.isnan(cells["filled"])
+        assert other["iobb"] < 0.2 * drawn["iobb"] and other["ior"] < 0.2
+        assert everywhere["iobb"] == pytest.approx(1) and everywhere["ior"] == pytest.approx(np.mean(whole))
+    finer = ruler(masks, classes, BOXED, own, own, size, 15).loc["exact mask, cells of the model's maps", "ior"]
+    assert cells["ior"] + 0.1 < finer < 1
+
+
+def test_the_ruler_in_the_cells_of_the_maps_by_hand():
+    """One lesion of 2 x 2 pixels in the middle of a cell of 4 x 4, in its own box, on a film of 8 pixels."""
+    lesion = np.zeros((8, 8), bool)
+    lesion[1:3, 1:3] = True
+    box = np.array([[1, 1, 3, 3]], float)
+    found = ruler([{"Mass": lesion}], ["Mass"], BOXED, [box], [box + 4], 8, 2)
+    cell = reference_localization.overlap(np.array([[1, 0], [0, 0]]), box, 8)  # a quarter of a cell, scaled to 1
+    np.testing.assert_allclose(found.loc["exact mask, cells of the model's maps", ["iobb", "ior"]], cell[:2])
+    assert found.loc["exact mask, boxes of another film", ["iobb", "ior"]].tolist() == [0, 0]
+    assert found.loc["1 everywhere", ["iobb", "ior"]].tolist() == [1, 4 / 64]
+
+
 def _filled(box):
     mask = np.zeros((SIZE, SIZE), bool)
     x1, y1, x2, y2 = box.astype(int)
@@ -195,6 +231,8 @@ def test_a_planted_detector_is_counted_and_the_others_are_not(films, size, chose
     thresholds = quantile.result()
     counts = count_concepts(maps, thresholds.tau, boxes, SIZE, usable=thresholds.usable)
     share = dict(zip(names, (counts > 0).mean(axis=0), strict=True))
+    if (size, chosen) == (SIZE, None):
+        assert planted_concepts(masks, BOXED, boxes, SIZE).to_dict() == share
     assert share["lesion detector"] == 1  # found on every film, as one region
     assert (counts[:, names.index("lesion detector")] == 1).all()
     assert share["detector, films shuffled"] < 0.5

@@ -1,9 +1,9 @@
 """`python -m tests.bench`: the speed of this project against its peers, as ratios of one run. Absolute times belong to
 the machine.
 
-Rows of data and models are here, those of the pure analysis functions in bench_analysis. `ratio` is above 1 where ours
-is better, except in the last row, a share of forward-only speed. Processor time counts, the best of the repeats, on one
-thread.
+Rows of data and models are here, those of the pure analysis functions in the modules beside. `ratio` is above 1 where
+ours is better, except in the last row, a share of forward-only speed. Processor time counts, the best of the repeats,
+on one thread.
 """
 
 import time
@@ -21,9 +21,7 @@ from lib.analysis.pairs import box_pairs
 from lib.data.batches import Batch, film_draws, gather_crops
 from lib.data.decoding import decode_film
 from lib.models import build_model, layers
-from tests.bench.__main__ import analysis as bench_analysis
-from tests.bench.__main__ import features as bench_integrated
-from tests.bench.__main__ import relevance as bench_relevance
+from tests.bench import analysis, features, relevance
 from tests.bench.analysis import seconds
 
 CLASSES = [f"class {k}" for k in range(15)]
@@ -158,7 +156,7 @@ def main():
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     start, rows = time.perf_counter(), [training_item(), store_build()]
-    rows += [*bench_analysis.rows(), *bench_relevance.rows(), *bench_integrated.rows()]
+    rows += [*analysis.rows(), *relevance.rows(), *features.rows()]
     for backbone in ("tdensenet", "resnet50"):
         rows += [*cams(backbone), whole_evaluation(backbone)]
     table = pd.DataFrame(rows)[["row", "peer_name", "ratio"]].rename(columns={"peer_name": "peer"})

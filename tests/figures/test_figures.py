@@ -1,14 +1,18 @@
 import io
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lib import figures
+from lib.analysis.localization import METRICS, Metric
 from lib.figures import style
+from lib.losses import Criterion, make_loss
 from lib.tables import BACKBONES, LOSSES
 
 LABEL = "Simulated phantom films, not patients"
@@ -55,13 +59,11 @@ def performance_frame(metrics: tuple[str, ...]) -> pd.DataFrame:
     )
 
 
-def prediction_frame(losses: tuple[str, ...] = ()) -> pd.DataFrame:
+def prediction_frame() -> pd.DataFrame:
     parts = []
     for name in CLASSES:
         target = RNG.integers(0, 2, 60) if name != "No Finding" else np.zeros(60, int)
-        for loss in losses or [None]:
-            part = pd.DataFrame({"class": name, "target": target, "logit": target + RNG.normal(size=60)})
-            parts.append(part if loss is None else part.assign(loss=loss))
+        parts.append(pd.DataFrame({"class": name, "target": target, "logit": target + RNG.normal(size=60)}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -113,16 +115,13 @@ def test_cam_grid_refuses_what_does_not_match():
 
 
 @pytest.mark.parametrize(
-    ("function", "metrics"),
-    [(figures.performance, ("auroc", "ap", "mean_probability")), (figures.class_alignment, ("iobb", "ior"))],
-)
-@pytest.mark.parametrize(
     "keep", ["loss != 'none'", "backbone == 'resnet50' and loss != 'bce'", "task == 'binary'", "loss == 'none'"]
 )
-def test_dot_panels_with_and_without_all_runs(function, metrics, keep):
+def test_dot_panels_with_and_without_all_runs(keep):
+    metrics = ("auroc", "ap", "mean_probability")
     results = performance_frame(metrics).query(keep)
     results.loc[results.index[:3], ["value", "ci_low", "ci_high"]] = np.nan
-    figure = function(results, data_label=LABEL)
+    figure = figures.performance(results, data_label=LABEL)
     found = drawn(figure)
     assert len(figure.axes) == len(metrics) * max(results["backbone"].nunique(), 1)
     assert ("Unhealthy (binary)" in found) == (len(results) > 0)
@@ -130,10 +129,10 @@ def test_dot_panels_with_and_without_all_runs(function, metrics, keep):
 
 
 def test_dot_panels_put_values_and_intervals_where_they_belong():
-    results = performance_frame(("iobb", "ior")).query("backbone == 'resnet50'")
-    one = (results["class"] == "Unhealthy") & (results["metric"] == "iobb") & (results["loss"] == "focal")
+    results = performance_frame(("auroc", "ap")).query("backbone == 'resnet50'")
+    one = (results["class"] == "Unhealthy") & (results["metric"] == "auroc") & (results["loss"] == "focal")
     results.loc[one, ["value", "ci_low", "ci_high"]] = (0.9, 0.8, 0.95)
-    axes = figures.class_alignment(results, data_label=LABEL).axes[0]
+    axes = figures.performance(results, data_label=LABEL).axes[0]
     focal = next(line for line in axes.lines if line.get_label() == "Focal")
     place = dict(zip((text.get_text() for text in axes.get_yticklabels()), axes.get_yticks()))
     x, y = focal.get_xdata()[-1], focal.get_ydata()[-1]
@@ -162,16 +161,14 @@ def test_release_figures():
     assert {"Mass", "Nodule", "Pleural Thickening"} <= found
 
 
-@pytest.mark.parametrize("losses", [(), tuple(LOSSES)])
-def test_prediction_figures(losses):
-    predictions = prediction_frame(losses)
+def test_prediction_figures():
+    predictions = prediction_frame()
     for figure in (
         figures.class_curves(predictions, "roc", data_label=LABEL),
         figures.class_curves(predictions, "pr", data_label=LABEL),
         figures.reliability(predictions, data_label=LABEL),
     ):
         found = drawn(figure)
-        assert set(LOSSES.values()) & found == {LOSSES[loss] for loss in losses}
         assert ("one label only" in found) == (figure.axes[0].get_ylabel() != "Share positive")
     drawn(figures.class_curves(predictions[predictions["class"] == "Cardiomegaly"], "pr", data_label=LABEL))
     with pytest.raises(ValueError, match="'roc' or 'pr'"):
@@ -198,21 +195,46 @@ def test_training_curves():
     assert {"training", "validation", "  weights kept  "} <= drawn(
         figures.training_curves(one, kept_epoch=2, data_label=LABEL)
     )
-    many = pd.concat([one.assign(loss=loss) for loss in LOSSES])
-    assert set(LOSSES.values()) <= drawn(figures.training_curves(many, data_label=LABEL))
+    drawn(figures.training_curves(one.drop(columns="val_loss"), data_label=LABEL))
 
 
-def test_loss_weights():
-    positive, negative = pd.Series({"Mass": 0.9, "Nodule": 0.6}), pd.Series({"Mass": 0.1, "Nodule": 0.4})
-    figure = figures.loss_weights(positive, negative, 2.0, data_label=LABEL)
-    assert {"Mass", "Nodule", "BCE"} <= drawn(figure)
-    line = next(line for line in figure.axes[1].lines if line.get_label() == "Mass")
-    p = line.get_xdata()[-1]
-    assert np.isclose(line.get_ydata()[-1], -0.1 * p**2 * np.log(1 - p))
-    drawn(figures.loss_weights(positive * 0 + 1, positive * 0 + 1, 0.0, data_label=LABEL))
+PARAMETERS = SimpleNamespace(
+    alpha=0.25, gamma=2.0, beta=0.9999, wbce_scheme="paper", wbce_counts="train", cb_scale="global"
+)
 
 
-def test_alignment_and_concepts():
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_by_probability_of_the_four(loss):
+    """The curves of eq. 2 from the constants on record, for the classes of the largest and smallest w+/w-."""
+    names = ["Mass", "Lung_Nodule", "Hernia"]
+    criterion = make_loss(loss, [100, 400, 10], [900, 600, 990], PARAMETERS)
+    figure, record = figures.loss_weights(criterion, names, data_label=LABEL), criterion.constants
+    curves = [line for line in figure.axes[1].lines if line.get_label() != "BCE"]
+    rare, common = ([2], [1]) if loss in ("wbce", "cb_focal") else ([0], [])  # alike: one curve for all
+    assert {"BCE", *(line.get_label() for line in curves)} <= drawn(figure)
+    assert [line.get_label() for line in curves] == [names[m].replace("_", " ") for m in rare + common]
+    for line, m in zip(curves, rare + common, strict=True):
+        p = line.get_xdata()
+        np.testing.assert_allclose(line.get_ydata(), -record["negative"][m] * p ** record["gamma"] * np.log(1 - p))
+    with_finding = figure.axes[0].lines[1]
+    p, m = with_finding.get_xdata(), rare[0]
+    np.testing.assert_allclose(
+        with_finding.get_ydata(), -record["positive"][m] * (1 - p) ** record["gamma"] * np.log(p), rtol=1e-6
+    )
+
+
+def test_loss_by_probability_of_a_loss_without_constants():
+    """Hinge: not w+ log p + w- log(1 - p); the second class counts twice."""
+    weight = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    hinge = Criterion(lambda logits, targets: weight**targets * (1 - (2 * targets - 1) * logits).clamp(min=0))
+    figure = figures.loss_weights(hinge, ["Mass", "Edema"], data_label=LABEL)
+    assert {"Mass", "Edema", "BCE"} <= drawn(figure)
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "Edema")
+    p = line.get_xdata()
+    np.testing.assert_allclose(line.get_ydata(), 2 * np.clip(1 - np.log(p / (1 - p)), 0, None), atol=1e-12)
+
+
+def test_alignment_and_concepts(monkeypatch):
     alignment = pd.DataFrame(
         {
             "class": ["Mass"] * 4 + ["Nodule"],
@@ -224,9 +246,13 @@ def test_alignment_and_concepts():
     )
     found = drawn(figures.alignment_distributions(alignment, data_label=LABEL))
     assert {"Mass (4)", "Nodule (1)", "mean", "mean expected by chance"} <= found
+    metric = Metric("Hit rate", "the peak lies in the box", None, chance="box_area")
+    monkeypatch.setitem(METRICS, "hit", metric)
+    figure = figures.alignment_distributions(alignment.assign(hit=[0, 1, 1, 0, 1]), data_label=LABEL)
+    assert [ax.get_xlabel().split(" per ")[0] for ax in figure.axes] == ["IoBB", "IoR", "Hit rate"]
+    drawn(figure)
     concepts = pd.DataFrame({"disjoint": [3, 5, 10], "unique": [1, 2, 2]})
     assert {"mean 6.0", "mean 1.7"} <= drawn(figures.concept_distributions(concepts, data_label=LABEL))
-    assert "Focal, mean 6.0" in drawn(figures.concept_distributions(concepts.assign(loss="focal"), data_label=LABEL))
     drawn(figures.concept_distributions(concepts * 0, data_label=LABEL))
 
 

@@ -5,7 +5,7 @@ threshold, and only around these is it enlarged. OpenCV's contours, which count 
 the authors' code alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -15,10 +15,10 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from lib.analysis.cam import resize
-from lib.analysis.localization import grouped_pixel_boxes
+from lib.analysis.localization import pixel_boxes
 
 
-def compiled(function):
+def compiled(function: Callable) -> Callable:
     """Compile to machine code without the interpreter lock, cached on disk where some cache folder can be written."""
     try:
         return njit(cache=True, nogil=True)(function)
@@ -84,25 +84,23 @@ def count_concepts(
     tau = np.ascontiguousarray(tau, dtype=np.float32)
     usable = np.ones(channels, dtype=bool) if usable is None else np.ascontiguousarray(usable, dtype=bool)
     if tau.shape != (channels,) or usable.shape != (channels,):
-        raise ValueError(
-            f"need one threshold for each of {channels} channels, got tau {tau.shape} and usable {usable.shape}"
-        )
+        given = f"tau {tau.shape} and usable {usable.shape}"
+        raise ValueError(f"need one threshold for each of {channels} channels, got {given}")
     if np.isnan(tau[usable]).any():
         raise ValueError(f"tau of channel {int(np.flatnonzero(np.isnan(tau) & usable)[0])} is NaN")
     if len(boxes) != batch:
         raise ValueError(f"need one list of boxes a film: {batch} films, {len(boxes)} lists")
-    if connectivity not in (4, 8):
-        raise ValueError(f"connectivity must be 4 or 8, got {connectivity!r}")
-    if resolution not in ("image", "native"):
-        raise ValueError(f"resolution must be 'image' or 'native', got {resolution!r}")
-    if counting not in ("components", "contours"):
-        raise ValueError(f"counting must be 'components' or 'contours', got {counting!r}")
+    for name, given, known in (
+        ("connectivity", connectivity, (4, 8)),
+        ("resolution", resolution, ("image", "native")),
+        ("counting", counting, ("components", "contours")),
+    ):
+        if given not in known:
+            raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {given!r}")
     if counting == "contours" and connectivity == 4:
         raise ValueError("contours are those of 8-connected components; connectivity must be 8")
-    values = maps.numpy()
-    counts = np.zeros((batch, channels), dtype=np.int32)
-    reach = int(connectivity == 8)
-    pieces, film = grouped_pixel_boxes(boxes, image_size, rounding=rounding)
+    values, counts, reach = maps.numpy(), np.zeros((batch, channels), dtype=np.int32), int(connectivity == 8)
+    pieces, film = pixel_boxes(boxes, image_size, rounding=rounding)
     grid = (image_size, image_size)
     if resolution == "native":  # the cells that at least one pixel of a box lies in
         grid, sides = (height, width), np.array([width, height])
@@ -111,29 +109,17 @@ def count_concepts(
     if counting == "contours":
         bad = _count_contours(maps, tau, usable, inside, clip, counts)
     elif resolution == "native":
-        bad = _count_native(
-            values.reshape(batch, channels, height * width), width, tau, usable, inside, reach, clip, counts
-        )
+        flat = values.reshape(batch, channels, height * width)
+        bad = _count_native(flat, width, tau, usable, inside, reach, clip, counts)
     else:
         # Cells whose corners are all below this cannot reach tau, not even through rounding.
         level = tau.astype(np.float64)
         level = np.nextafter((level - 1e-6 * np.abs(level) - 1e-44).astype(np.float32), np.float32(-np.inf))
-        bad = _count_image(
-            values,
-            tau,
-            level,
-            usable,
-            inside,
-            reach,
-            clip,
-            *_taps(height, image_size),
-            *_taps(width, image_size),
-            counts,
-        )
+        taps = *_taps(height, image_size), *_taps(width, image_size)
+        bad = _count_image(values, tau, level, usable, inside, reach, clip, *taps, counts)
     if bad >= 0:
-        raise ValueError(
-            f"NaN or infinite activation in channel {bad % channels} of film {bad // channels} of the batch"
-        )
+        where = f"channel {bad % channels} of film {bad // channels} of the batch"
+        raise ValueError(f"NaN or infinite activation in {where}")
     return counts
 
 
@@ -144,7 +130,9 @@ def enlarged(maps: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         yield first, resize(maps[first : first + 64], size)
 
 
-def _count_contours(maps, tau, usable, inside, clip, counts):
+def _count_contours(
+    maps: Tensor, tau: np.ndarray, usable: np.ndarray, inside: np.ndarray, clip: bool, counts: np.ndarray
+) -> int:
     """As `_count_native`: the outer outlines and the holes of the components that meet the boxes; ``inside`` tells the
     resolution."""
     level = torch.from_numpy(tau)[:, None, None]
@@ -431,8 +419,6 @@ def float32_maps(maps: Tensor) -> Tensor:
     """The maps of a layer (B, F, h, w), contiguous on the CPU; ValueError unless they are float32."""
     maps = torch.as_tensor(maps)
     if maps.ndim != 4 or maps.dtype != torch.float32:
-        raise ValueError(
-            f"maps must be float32 (B, F, h, w), got {maps.dtype} {tuple(maps.shape)}; counts need full precision "
-            "features"
-        )
+        given = f"{maps.dtype} {tuple(maps.shape)}"
+        raise ValueError(f"maps must be float32 (B, F, h, w), got {given}; counts need full precision features")
     return maps.detach().cpu().contiguous()

@@ -57,7 +57,7 @@ def dissect(
     q : float
         P(A >= tau) = q over all annotated films, per channel.
     image_size, resolution, connectivity, rounding
-        See `dissection.count_concepts`.
+        See `components.count_concepts`.
     reading : {'paper', 'imba'}
         'imba' counts as the authors' code does, for parity: thresholds of each batch's upsampled maps, masks cut by the
         boxes before their contours, holes among them, are counted, dead channels included. The result then depends on
@@ -80,19 +80,12 @@ def dissect(
     enlarge_to = image_size if imba else None
     quantile, rows, counts = StreamingQuantile(q, len(boxes), layer, enlarge_to), [], []
 
-    def count(maps, films, limits):
-        return count_concepts(
-            maps,
-            limits.tau,
-            [boxes[row] for row in films],
-            image_size,
-            resolution=resolution,
-            connectivity=connectivity,
-            clip=imba,
-            counting="contours" if imba else "components",
-            rounding=rounding,
-            usable=None if imba else limits.usable,
-        )
+    options = {"resolution": resolution, "connectivity": connectivity, "rounding": rounding}
+    options |= {"clip": imba, "counting": "contours" if imba else "components"}
+
+    def count(maps: torch.Tensor, films: list[int], limits: Thresholds) -> np.ndarray:
+        usable, own = None if imba else limits.usable, [boxes[row] for row in films]
+        return count_concepts(maps, limits.tau, own, image_size, usable=usable, **options)
 
     with tempfile.TemporaryFile() as scratch:
         shape = None
@@ -132,13 +125,3 @@ def concept_totals(counts: np.ndarray) -> pd.DataFrame:
     (B, F)."""
     counts = np.asarray(counts)
     return pd.DataFrame({"disjoint": counts.sum(axis=1), "unique": (counts > 0).sum(axis=1)})
-
-
-def concept_means(totals: pd.DataFrame, weights: np.ndarray | None = None) -> pd.Series:
-    """Disjoint and Unique of a set of films (Khakzar et al., section 4): totals divided by the number of films.
-
-    ``weights`` (one a film, such as its number of (image, label) pairs) gives the other reading, in which a film counts
-    once for every box.
-    """
-    values = np.average(totals[["disjoint", "unique"]].to_numpy(np.float64), axis=0, weights=weights)
-    return pd.Series(values, index=["disjoint", "unique"])

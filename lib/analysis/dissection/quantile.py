@@ -12,8 +12,7 @@ from lib.analysis.dissection.components import compiled, enlarged, float32_maps
 @dataclass(frozen=True)
 class Thresholds:
     """Per channel, float32 (F,): ``tau`` (the quantile), ``low``, ``high`` (extremes of the native maps); bool (F,)
-    ``usable``, see
-    `StreamingQuantile`."""
+    ``usable``, see `StreamingQuantile.result`."""
 
     tau: np.ndarray
     low: np.ndarray
@@ -39,8 +38,7 @@ class StreamingQuantile:
     image_size : int, optional
         Side of the film in pixels: the values are those of the maps enlarged to it bilinearly (the authors' code).
         Default the native maps (Bau et al.). What is held is then a share of the enlarged maps: 880 films at 224 pixels
-        with 512 channels and q = 0.01 take
-        1.1 GB, with 1024 channels and q = 0.04 9 GB.
+        with 512 channels and q = 0.01 take 1.1 GB, with 1024 channels and q = 0.04 9 GB.
     """
 
     def __init__(self, q: float, n_films: int, layer: str = "the layer", image_size: int | None = None):
@@ -69,10 +67,8 @@ class StreamingQuantile:
         if self._kept is None:
             self._start(channels, height, width)
         if (channels, height, width) != self._shape:
-            raise ValueError(
-                f"{self.layer}: maps of {(channels, height, width)} after maps of {self._shape}; one quantile needs "
-                "one shape"
-            )
+            shapes = f"maps of {(channels, height, width)} after maps of {self._shape}"
+            raise ValueError(f"{self.layer}: {shapes}; one quantile needs one shape")
         if self._seen + batch > self.n_films:
             raise ValueError(f"{self.layer}: more than the {self.n_films} films that were announced")
         for film in maps:  # one by one: a film's maps stay in the processor's cache

@@ -1,10 +1,11 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lib.analysis.dissection.components import count_concepts
-from lib.analysis.dissection.concepts import concept_means, concept_totals
+from lib.analysis.dissection.concepts import Dissection, concept_records, concept_totals
 from lib.analysis.dissection.quantile import StreamingQuantile, batch_thresholds
 from lib.analysis.localization import box_mask
 from tests.analysis.dissection import reference_dissection as reference
@@ -201,18 +202,21 @@ def test_quantile_of_each_batch():
 # --- totals
 
 
-def test_totals_and_means():
+def test_totals():
     counts = np.array([[2, 0, 1], [0, 0, 0], [5, 1, 1]])
     totals = concept_totals(counts)
     assert totals["disjoint"].tolist() == [3, 0, 7] and totals["unique"].tolist() == [2, 0, 3]
-    assert concept_means(totals).tolist() == pytest.approx([10 / 3, 5 / 3])
-    assert concept_means(totals, np.array([1, 1, 2])).tolist() == pytest.approx(
-        [17 / 4, 8 / 4]
-    )  # a film with two boxes counts twice
-    n_pairs = np.array([3, 1, 2])
-    assert concept_means(totals, n_pairs).tolist() == pytest.approx(
-        concept_means(totals.loc[totals.index.repeat(n_pairs)]).tolist()
-    )
+
+
+def test_records_of_films_or_of_pairs():
+    counts, rows = np.array([[2, 0, 1], [5, 1, 1]]), np.array([7, 3])
+    films = pd.DataFrame({"image": ["a", "b", "c"], "patient": ["1", "1", "2"]}, index=[3, 5, 7])
+    found = Dissection(rows, counts, None)
+    assert concept_records(found, films).values.tolist() == [["c", "2", 3, 2], ["a", "1", 7, 3]]
+    pairs = pd.DataFrame({"image": ["a", "c", "a"], "class": ["Mass", "Mass", "Edema"], "n_boxes": 1})
+    table = concept_records(found, films, pairs)  # the other reading: a film counts once for every pair
+    assert table.values.tolist() == [["c", "2", 3, 2, "Mass"], ["a", "1", 7, 3, "Mass"], ["a", "1", 7, 3, "Edema"]]
+    assert table["disjoint"].mean() == pytest.approx(17 / 3)
 
 
 @pytest.mark.parametrize("resolution", ["image", "native"])
