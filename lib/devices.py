@@ -16,7 +16,7 @@ class DeviceError(RuntimeError):
     """A device that was asked for and is not there; the message says what to set."""
 
 
-def choose_device(name="auto", local_rank=None):
+def choose_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
     """The torch device that a parameter names.
 
     Parameters
@@ -40,18 +40,18 @@ def choose_device(name="auto", local_rank=None):
         name = f"cuda:{hold_gpus(1)[0] if local_rank is None else local_rank}"
     device = torch.device(name)
     if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        if device.index >= n:
             raise DeviceError(
-                f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs: set device to "
-                "auto, cuda, or "
-                "one of these, and gpus to at most their number"
+                f"device {name!r} was asked for, and torch sees {n} GPUs: set device to auto, cuda, or one of these, "
+                "and gpus to at most their number"
             )
         torch.cuda.set_device(device)
     return device
 
 
 @functools.cache
-def hold_gpus(n):
+def hold_gpus(n: int) -> list[int]:
     """Take the `n` GPUs that the fewest processes of this user hold, and hold them until this process ends.
 
     A GPU has a lock for its first holder, one for its second, and so on: processes spread evenly, and share only where
@@ -81,26 +81,25 @@ def hold_gpus(n):
                     return held
 
 
-def gpu_names():
+def gpu_names() -> list[str]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs that torch sees, in torch's order."""
     names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     n = torch.cuda.device_count()
     return names[:n] if names else [str(index) for index in range(n)]
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     """What the device is, for the record."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        if device.type == "cpu"
-        else str(device)
-    )
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return str(device)
 
 
-def uses_bfloat16(precision, device):
-    """Whether training runs under bfloat16 autocast: 'auto' says yes only where the hardware has units for it."""
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether training runs under bfloat16 autocast, where `precision` is 'bfloat16', 'float32' or 'auto': yes only
+    where the hardware has units for it."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":

@@ -1,5 +1,7 @@
-"""Locks among processes. The kernel keeps them, so a lock goes with its holder however that ends, and none is ever
-stale."""
+"""Locks among processes, and files that no process ever sees half-written.
+
+The kernel keeps the locks, so a lock goes with its holder however that ends, and none is ever stale.
+"""
 
 import fcntl
 import os
@@ -57,3 +59,17 @@ def exclusive(path: str | Path, waiting: str) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def write_whole(path: Path, content: bytes, sync: bool = False) -> None:
+    """Write a file under a temporary name and move it into place; with `sync` it is on the disk by then.
+
+    `records.atomic` always is, which would take long for thousands of small films.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)

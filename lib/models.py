@@ -1,11 +1,13 @@
 """The classifiers: a convolutional trunk, global average pooling, one linear layer. Which layer each lens reads.
 
-To add a backbone of its own kind, add one branch to `_trunk`; any convolutional timm model already works by its name.
+To add a backbone of its own kind, add a function and its line in `BACKBONES`; any convolutional timm model already
+works by its name.
 """
 
 import difflib
 import pickle
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,26 +21,88 @@ class Classifier(nn.Module):
     With this head CAM and the gradient methods are closed forms of (feature maps, head.weight).
     """
 
-    def __init__(self, trunk, n_features, n_outputs):
+    def __init__(self, trunk: nn.Module, n_features: int, n_outputs: int):
         super().__init__()
         self.trunk = trunk
         self.pool = nn.AdaptiveAvgPool2d(1)  # a module: relevance is propagated through modules
         self.head = nn.Linear(n_features, n_outputs)
 
-    def forward(self, films):
+    def forward(self, films: torch.Tensor) -> torch.Tensor:
         """Logits (B, M) of films (B, 3, S, S), float32, normalised with ImageNet's mean and standard deviation."""
         return self.head(self.pool(self.trunk(films)).flatten(1))
 
 
-# Module read by CAM, module read by dissection, and dissection's q. A DenseNet's last ReLU is a module of its own, so
-# that a hook sees the rectified maps: torchvision's norm5 is a plain BatchNorm whose ReLU lives in forward.
-LAYERS = {
-    "tdensenet": ("trunk.relu5", "trunk.relu5", 0.01),
-    "resnet50": ("trunk.layer4.2", "trunk.layer3.5", 0.04),
-    "densenet121": ("trunk.relu5", "trunk.relu5", 0.04),
-    "vgg16": ("trunk.29", "trunk.29", 0.04),
-    "small_cnn": ("trunk.8", "trunk.8", 0.04),
-    "small_transformer": ("trunk.maps", "trunk.maps", 0.04),
+class SmallTransformer(nn.Module):
+    """Two blocks of self-attention on 8 x 8 patches of a 32 px film; `norm` gives tokens (B, 64, 64), `maps` the same
+    as (B, 64, 8, 8)."""
+
+    def __init__(self, width: int = 64, grid: int = 8):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.positions = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
+        options = {"dropout": 0, "batch_first": True, "norm_first": True}
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(width, 4, 2 * width, **options) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.maps = nn.Unflatten(2, (grid, grid))
+
+    def forward(self, films: torch.Tensor) -> torch.Tensor:
+        """Feature maps (B, 64, 8, 8) of films (B, 3, 32, 32); ValueError for films of another size."""
+        tokens = self.patches(films).flatten(2).transpose(1, 2)
+        if tokens.shape[1] != self.positions.shape[1]:
+            raise ValueError(
+                f"small_transformer takes films of 32 x 32 px, these are {tuple(films.shape[2:])}: set image_size: 32"
+            )
+        tokens = tokens + self.positions
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.maps(self.norm(tokens).transpose(1, 2))
+
+
+# ---- the backbones: functions of the name of torchvision's weights, or None, to (trunk, number of feature maps)
+
+
+def _resnet50(weights):
+    from torchvision.models import resnet50
+
+    # Residual branches that start at zero let a net this deep learn from its first steps; pretrained weights overwrite
+    # them.
+    network = resnet50(weights=weights, zero_init_residual=True)
+    return nn.Sequential(OrderedDict(list(network.named_children())[:-2])), 2048
+
+
+def _densenet121(weights, stages=None):
+    from torchvision.models import densenet121
+
+    # Its last ReLU is a module of its own, so that a hook sees the rectified maps: torchvision's norm5 is a plain
+    # BatchNorm whose ReLU lives in forward.
+    trunk = OrderedDict(list(densenet121(weights=weights).features.named_children())[:stages])
+    if stages:  # 7: up to the second dense block
+        trunk["norm5"] = nn.BatchNorm2d(512)
+    trunk["relu5"] = nn.ReLU()
+    return nn.Sequential(trunk), trunk["norm5"].num_features
+
+
+def _vgg16(weights):
+    from torchvision.models import vgg16
+
+    return vgg16(weights=weights).features[:30], 512
+
+
+def _small_cnn(weights):
+    stages = []
+    for wide, width, stride in ((3, 32, 2), (32, 64, 2), (64, 64, 1)):
+        stages += [nn.Conv2d(wide, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*stages), 64
+
+
+# The function, torchvision's ImageNet weights, the module read by CAM, the module read by dissection, dissection's q.
+BACKBONES = {
+    "tdensenet": (lambda weights: _densenet121(weights, stages=7), "IMAGENET1K_V1", "trunk.relu5", "trunk.relu5", 0.01),
+    "resnet50": (_resnet50, "IMAGENET1K_V2", "trunk.layer4.2", "trunk.layer3.5", 0.04),
+    "densenet121": (_densenet121, "IMAGENET1K_V1", "trunk.relu5", "trunk.relu5", 0.04),
+    "vgg16": (_vgg16, "IMAGENET1K_V1", "trunk.29", "trunk.29", 0.04),
+    "small_cnn": (_small_cnn, None, "trunk.8", "trunk.8", 0.04),
+    "small_transformer": (lambda weights: (SmallTransformer(), 64), None, "trunk.maps", "trunk.maps", 0.04),
 }
 # The order of the public CheXNet checkpoint's outputs, which is not alphabetical.
 CHEXNET_CLASSES = tuple(
@@ -47,12 +111,12 @@ CHEXNET_CLASSES = tuple(
 )
 
 
-def layers(backbone):
+def layers(backbone: str) -> tuple[str, str, float]:
     """(CAM layer, dissection layer, q) of a backbone; for a timm model its last maps, and q = 0.01."""
-    return LAYERS.get(backbone, ("trunk", "trunk", 0.01))
+    return BACKBONES[backbone][2:] if backbone in BACKBONES else ("trunk", "trunk", 0.01)
 
 
-def build_model(backbone, n_outputs, init="scratch", seed=0):
+def build_model(backbone: str, n_outputs: int, init: str = "scratch", seed: int = 0) -> Classifier:
     """Make a classifier with initial weights.
 
     Parameters
@@ -93,45 +157,25 @@ def build_model(backbone, n_outputs, init="scratch", seed=0):
 
 def check_backbone(backbone: str) -> None:
     """ValueError where there is no such backbone; it names near ones."""
-    if backbone not in LAYERS:
+    if backbone not in BACKBONES:
         import timm
 
         if not timm.is_model(backbone):
-            near = difflib.get_close_matches(backbone, dict.fromkeys([*LAYERS, *timm.list_models()]), n=5)
+            near = difflib.get_close_matches(backbone, dict.fromkeys([*BACKBONES, *timm.list_models()]), n=5)
             raise ValueError(
-                f"backbone {backbone!r} is neither one of {sorted(LAYERS)} nor a timm model"
+                f"backbone {backbone!r} is neither one of {sorted(BACKBONES)} nor a timm model"
                 + (f"; near it: {', '.join(near)}" if near else "")
             )
 
 
-def _trunk(backbone, pretrained):
+def _trunk(backbone: str, pretrained: bool) -> tuple[nn.Module, int]:
     check_backbone(backbone)
     try:
-        if backbone == "resnet50":
-            from torchvision.models import ResNet50_Weights, resnet50
-
-            # Residual branches that start at zero let a net this deep learn from its first steps; pretrained weights
-            # overwrite them.
-            network = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2 if pretrained else None, zero_init_residual=True)
-            return nn.Sequential(OrderedDict(list(network.named_children())[:-2])), 2048
-        if backbone in ("tdensenet", "densenet121"):
-            from torchvision.models import DenseNet121_Weights, densenet121
-
-            features = densenet121(weights=DenseNet121_Weights.IMAGENET1K_V1 if pretrained else None).features
-            stages = OrderedDict(features.named_children())
-            if backbone == "tdensenet":
-                stages = OrderedDict(list(stages.items())[:7])
-                stages["norm5"] = nn.BatchNorm2d(512)
-            stages["relu5"] = nn.ReLU()
-            return nn.Sequential(stages), stages["norm5"].num_features
-        if backbone == "vgg16":
-            from torchvision.models import VGG16_Weights, vgg16
-
-            return vgg16(weights=VGG16_Weights.IMAGENET1K_V1 if pretrained else None).features[:30], 512
-        if backbone in ("small_cnn", "small_transformer"):
-            if pretrained:
+        if backbone in BACKBONES:
+            make, weights, *_ = BACKBONES[backbone]
+            if pretrained and not weights:
                 raise ValueError(f"{backbone} has no ImageNet weights: set init: scratch")
-            return (_small_cnn() if backbone == "small_cnn" else SmallTransformer()), 64
+            return make(weights if pretrained else None)
 
         import timm
 
@@ -154,41 +198,7 @@ def _trunk(backbone, pretrained):
     return network.train(), maps.shape[1]
 
 
-def _small_cnn():
-    stages = []
-    for wide, width, stride in ((3, 32, 2), (32, 64, 2), (64, 64, 1)):
-        stages += [nn.Conv2d(wide, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*stages)
-
-
-class SmallTransformer(nn.Module):
-    """Two blocks of self-attention on 8 x 8 patches of a 32 px film; `norm` gives tokens (B, 64, 64), `maps` the same
-    as (B, 64, 8, 8)."""
-
-    def __init__(self, width=64, grid=8):
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.positions = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0, batch_first=True, norm_first=True)
-            for _ in range(2)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.maps = nn.Unflatten(2, (grid, grid))
-
-    def forward(self, films):
-        tokens = self.patches(films).flatten(2).transpose(1, 2)
-        if tokens.shape[1] != self.positions.shape[1]:
-            raise ValueError(
-                f"small_transformer takes films of 32 x 32 px, these are {tuple(films.shape[2:])}: set image_size: 32"
-            )
-        tokens = tokens + self.positions
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.maps(self.norm(tokens).transpose(1, 2))
-
-
-def _load_trunk(trunk, path, backbone):
+def _load_trunk(trunk: nn.Module, path: str, backbone: str) -> None:
     if not Path(path).is_file():
         raise RuntimeError(f"no weights file at {path}: init takes imagenet, scratch, or the path of a file")
     state = read_weights(path)
@@ -196,36 +206,25 @@ def _load_trunk(trunk, path, backbone):
         state = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
     wanted = trunk.state_dict()
     # torchvision's DenseNet has a level `features` that our trunk lacks; some timm trunks have it too.
-    state = {
-        name if name in wanted else _modern_name(name.removeprefix("features.")): tensor
-        for name, tensor in state.items()
-    }
+    ours = {name: name if name in wanted else _modern_name(name.removeprefix("features.")) for name in state}
+    state = {ours[name]: tensor for name, tensor in state.items()}
     # A truncated DenseNet has a new final norm: the released one belongs to 1024 channels and is left out, as in the
     # paper.
-    new = {name for name in wanted if name.startswith("norm5.")} if backbone == "tdensenet" else set()
-    missing = [
-        name for name in wanted if name not in state and name not in new and not name.endswith("num_batches_tracked")
-    ]
-    other = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape and name not in new
-    ]
-    if missing or other:
-        raise RuntimeError(
-            f"{path} does not hold weights of {backbone}: "
-            + "; ".join(
-                ([f"{len(missing)} tensors are missing, the first is {missing[0]}"] if missing else [])
-                + ([f"{len(other)} have another shape, the first is {other[0]}"] if other else [])
-            )
-        )
-    trunk.load_state_dict(
-        {name: state[name] for name, tensor in wanted.items() if name in state and state[name].shape == tensor.shape},
-        strict=False,
-    )
+    new = {name for name in wanted if name.startswith("norm5.") and backbone == "tdensenet"}
+    fits = {name for name in wanted if name in state and state[name].shape == wanted[name].shape}
+    needed = [name for name in wanted if name not in new and not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in state]
+    other = [name for name in wanted if name in state and name not in fits | new]
+    faults = [f"{len(missing)} tensors are missing, the first is {missing[0]}"] if missing else []
+    if other:
+        shapes = f"{tuple(state[other[0]].shape)} instead of {tuple(wanted[other[0]].shape)}"
+        faults += [f"{len(other)} have another shape, the first is {other[0]} {shapes}"]
+    if faults:
+        raise RuntimeError(f"{path} does not hold weights of {backbone}: {'; '.join(faults)}")
+    trunk.load_state_dict({name: state[name] for name in fits}, strict=False)
 
 
-def _modern_name(name):
+def _modern_name(name: str) -> str:
     """DenseNet files of 2017 call `norm1` `norm.1` and so on inside a dense layer."""
     for part in ("norm", "relu", "conv"):
         for k in ("1", "2"):
@@ -233,7 +232,7 @@ def _modern_name(name):
     return name
 
 
-def read_weights(path):
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a weights file, by name: safetensors, or a torch file read as weights only (a pickled program is
     refused).
 
@@ -264,7 +263,7 @@ def read_weights(path):
     return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
 
 
-def load_model(path, backbone, n_outputs):
+def load_model(path: str | Path, backbone: str, n_outputs: int) -> Classifier:
     """The classifier of a finished run, in evaluation mode.
 
     Raises
@@ -279,7 +278,7 @@ def load_model(path, backbone, n_outputs):
     return model.eval()
 
 
-def load_chexnet(path):
+def load_chexnet(path: str | Path) -> Classifier:
     """The public CheXNet checkpoint as a `Classifier`: DenseNet121, 14 logits in the order of `CHEXNET_CLASSES`, in
     evaluation mode.
 
@@ -311,27 +310,27 @@ def load_chexnet(path):
     return model.eval()
 
 
-def select_output(model, output):
+def select_output(model: Classifier, output: int) -> Classifier:
     """The same classifier with one of its logits alone. It shares the trunk."""
     return _with_head(model, model.head.weight[[output]], model.head.bias[[output]])
 
 
-def both_sides(model):
+def both_sides(model: Classifier) -> Classifier:
     """A classifier of one logit f as one of two, (f, -f): what speaks for the finding, and what against it. It shares
-    the trunk."""
+    the trunk. ValueError where the model has more logits than one."""
     weight, bias = model.head.weight, model.head.bias
     if len(weight) != 1:
         raise ValueError(f"the model has {len(weight)} outputs: only a single logit has two sides")
     return _with_head(model, torch.cat([weight, -weight]), torch.cat([bias, -bias]))
 
 
-def _with_head(model, weight, bias):
+def _with_head(model: Classifier, weight: torch.Tensor, bias: torch.Tensor) -> Classifier:
     other = Classifier(model.trunk, weight.shape[1], len(weight)).to(weight.device)
     other.head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
     return other.train(model.training)
 
 
-def _require_same(wanted, state, path, what):
+def _require_same(wanted: Mapping, state: Mapping, path: str | Path, what: str) -> None:
     wanted, found = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (wanted, state))
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differing:

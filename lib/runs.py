@@ -246,7 +246,12 @@ class Subject:
         self.name, self.task = run.name, run.task
         self.label, self.interval, self.exact = data.label, data.interval, data.exact
         self.device = choose_device(run.device)
-        changed = sorted(data.changed & Analysis.model_fields.keys())
+        lens = Analysis.model_fields.keys() - {
+            "chexnet",
+            "chexnet_train_list",
+            "chexnet_val_list",
+        }  # has its own folder
+        changed = sorted(data.changed & lens)
         self.folder = run.run_folder.joinpath(*["-".join(_said(run, key) for key in changed)] if changed else [])
 
     release = property(lambda self: self.data.release)
@@ -318,6 +323,11 @@ class Subject:
         """The trained runs that differ from this one in the loss alone, by loss; this one is among them."""
         others = {run.loss: self if run == self.run else Subject(run, self.data) for run in self.run.siblings}
         return {loss: other for loss, other in others.items() if is_trained(other.run)}
+
+    @property
+    def chexnet(self) -> "CheXNet":
+        """The public checkpoint that `chexnet` names, on the same films."""
+        return CheXNet(self.run, self.data)
 
     def path(self, name: str) -> Path:
         """Where a result goes: the run's folder; with other options than the study's, a folder there named by them."""

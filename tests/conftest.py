@@ -4,6 +4,14 @@ import pytest
 
 from lib.data.phantom.films import write_phantom
 
+# Each keeps a worker for a minute or more. They come first, so that none is left to one worker at the end.
+LONGEST = ("test_study", "test_heatmaps", "test_training")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, file by file; the rest keeps its order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def outputs(tmp_path_factory):

@@ -5,6 +5,12 @@ To add a release: a module that reads it into a `lib.data.release.Release`, and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lib.data.release import Release
+    from lib.data.store import Store
 
 # The readers are imported where they are called: parameters ask this table, and the processes that decode films import
 # this package; both would start seconds later.
@@ -73,28 +79,19 @@ class Source:
     exact: bool = False
 
 
+_RSNA_TASKS = ("binary", "pneumonia")
+_NIH_TASKS = ("multilabel", *_RSNA_TASKS)
 _SIMULATED = {"init": "phantom", "exact": True}
+_write_nih, _write_rsna = (partial(_write_phantom, layout=layout) for layout in ("nih", "rsna"))
 _NIH_LISTS = ("Data_Entry_2017*.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt")
 _RSNA_LISTS = ("stage_2_train_labels.csv", "stage_2_detailed_class_info.csv")
 RELEASES = {
-    "phantom": Source(
-        "Simulated phantom films, not patients",
-        ("multilabel", "binary", "pneumonia"),
-        _read_nih,
-        lambda study: _write_phantom(study, "nih"),
-        **_SIMULATED,
-    ),
-    "nih": Source(
-        "NIH ChestX-ray14 films, study {study}", ("multilabel", "binary", "pneumonia"), _read_nih, lists=_NIH_LISTS
-    ),
+    "phantom": Source("Simulated phantom films, not patients", _NIH_TASKS, _read_nih, _write_nih, **_SIMULATED),
+    "nih": Source("NIH ChestX-ray14 films, study {study}", _NIH_TASKS, _read_nih, lists=_NIH_LISTS),
     "phantom_rsna": Source(
-        "Simulated phantom films in RSNA's layout, not patients",
-        ("binary", "pneumonia"),
-        _read_rsna,
-        lambda study: _write_phantom(study, "rsna"),
-        **_SIMULATED,
+        "Simulated phantom films in RSNA's layout, not patients", _RSNA_TASKS, _read_rsna, _write_rsna, **_SIMULATED
     ),
-    "rsna": Source("RSNA pneumonia films, study {study}", ("binary", "pneumonia"), _read_rsna, lists=_RSNA_LISTS),
+    "rsna": Source("RSNA pneumonia films, study {study}", _RSNA_TASKS, _read_rsna, lists=_RSNA_LISTS),
     "digits": Source(
         "Handwritten digits of scikit-learn, 8 x 8 pixels", ("digits",), _read_digits, _write_digits, init="scratch"
     ),
@@ -102,7 +99,7 @@ RELEASES = {
 TASKS = tuple(dict.fromkeys(task for source in RELEASES.values() for task in source.tasks))
 
 
-def open_data(study):
+def open_data(study) -> "tuple[Release, Store]":
     """The release and the store of a study; the store, and what the study makes itself, are written where missing.
 
     Parameters
@@ -126,13 +123,12 @@ def open_data(study):
     from lib.locks import exclusive
 
     if study.release not in RELEASES:
-        raise ValueError(f"release is {study.release!r}; it must be one of {', '.join(RELEASES)}")
+        raise ValueError(f"release is {study.release!r}; it must be one of {', '.join(map(repr, RELEASES))}")
     source, choice = RELEASES[study.release], "skip" if study.skip_bad_films else "error"
     if source.write:
         study.folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(
-            study.folder / ".release.lock", f"waiting for another process that writes {study.release_folder}"
-        ):
+        waiting = f"waiting for another process that writes {study.release_folder}"
+        with exclusive(study.folder / ".release.lock", waiting):
             source.write(study)
     release = source.read(study, validation_fraction=study.validation_fraction, seed=0, on_missing=choice)
     store = open_store(release, study.store_folder, study.store_size, on_unreadable=choice)

@@ -16,6 +16,7 @@ from lib.data.store import Store
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, per channel, of images in [0, 1]
 STD = (0.229, 0.224, 0.225)
 JITTER = 0.1
+Device = torch.device | str
 _AHEAD = 2  # batches gathered while one is consumed
 
 
@@ -44,7 +45,7 @@ def training_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     rank: int = 0,
     world_size: int = 1,
     jitter: float = JITTER,
@@ -74,6 +75,8 @@ def training_batches(
         0 switches it off.
     flip : bool
         False: no film is mirrored, for classes that a mirror changes, such as digits. Crops and jitter stay the same.
+    augmentation : 'paper' or 'imba'
+        As above, or the authors' own, see `augment`.
 
     Raises
     ------
@@ -83,10 +86,8 @@ def training_batches(
     """
     rows = _check(store, rows, targets, image_size)
     if image_size > store.size:
-        raise ValueError(
-            f"image_size {image_size} exceeds the {store.size} pixels of the store; build the store at image_size or "
-            "larger"
-        )
+        text = f"exceeds the {store.size} pixels of the store; build the store at image_size or larger"
+        raise ValueError(f"image_size {image_size} {text}")
     if not 0 <= jitter < 1:
         raise ValueError(f"jitter is {jitter}; it must be at least 0 and below 1")
     if not 0 <= rank < world_size:
@@ -121,28 +122,21 @@ def training_batches(
 
     def finish(films: np.ndarray, crops: np.ndarray, draws: np.ndarray) -> Batch:
         images = _to_device(crops, device)
-        if augmentation == "imba":
-            batch = _batch(films, images.float() / 255, targets, device)
-            cut_holes(batch.images, draws)
-            return batch
-        if jitter:
+        if jitter and augmentation == "paper":
             shifts = torch.from_numpy((jitter * (2 * draws - 1)).astype(np.float32)).to(device)
             images = _jitter(images, brightness=shifts[:, 0], contrast=1 + shifts[:, 1])
         else:
             images = images.float() / 255
-        return _batch(films, images, targets, device)
+        batch = _batch(films, images, targets, device)
+        if augmentation == "imba":
+            cut_holes(batch.images, draws)
+        return batch
 
     return _stream(n_batches, gather, finish)
 
 
 def evaluation_batches(
-    store: Store,
-    rows: np.ndarray,
-    targets: np.ndarray,
-    *,
-    image_size: int,
-    batch_size: int,
-    device: torch.device | str = "cpu",
+    store: Store, rows: np.ndarray, targets: np.ndarray, *, image_size: int, batch_size: int, device: Device = "cpu"
 ) -> Iterator[Batch]:
     """Batches of whole films resized to image_size (antialiased bilinear), in the order of `rows`, none left out, not
     augmented.
@@ -156,8 +150,7 @@ def evaluation_batches(
 
     def gather(batch: int) -> tuple[np.ndarray, np.ndarray]:
         films = rows[batch * batch_size : (batch + 1) * batch_size]
-        start = np.zeros(len(films), np.int64)
-        return films, gather_crops(store.images, films, start, start, start.astype(bool), store.size)
+        return films, np.asarray(store.images[films])
 
     def finish(films: np.ndarray, crops: np.ndarray) -> Batch:
         images = _to_device(crops, device).float() / 255
@@ -185,7 +178,7 @@ def gather_crops(
     """Crops at (top, left) of the given rows of `images` (N, H, W), mirrored where `flip`, as one uint8 array (B, size,
     size)."""
     crops = np.empty((len(rows), size, size), np.uint8)
-    for crop, row, y, x, mirrored in zip(crops, rows.tolist(), top.tolist(), left.tolist(), flip.tolist(), strict=True):
+    for crop, row, y, x, mirrored in zip(crops, rows.tolist(), top.tolist(), left.tolist(), flip.tolist()):
         window = images[row, y : y + size, x : x + size]
         crop[...] = window[:, ::-1] if mirrored else window
     return crops
@@ -220,9 +213,8 @@ def _check(store: Store, rows: np.ndarray, targets: np.ndarray, image_size: int)
         raise ValueError(f"image_size is {image_size}; it must be at least 1 pixel")
     if len(targets) != len(store.images):
         raise ValueError(
-            f"targets have {len(targets)} rows, the store has {len(store.images)} films; pass the targets of the "
-            "whole release "
-            "that the store was opened for, without its unreadable films: release.without(store.unreadable)"
+            f"targets have {len(targets)} rows, the store has {len(store.images)} films; pass the targets of the whole "
+            "release that the store was opened for, without its unreadable films: release.without(store.unreadable)"
         )
     if rows.ndim != 1 or (len(rows) and (rows.min() < 0 or rows.max() >= len(store.images))):
         raise ValueError(
@@ -231,7 +223,7 @@ def _check(store: Store, rows: np.ndarray, targets: np.ndarray, image_size: int)
     return rows
 
 
-def _to_device(crops: np.ndarray, device: torch.device | str) -> torch.Tensor:
+def _to_device(crops: np.ndarray, device: Device) -> torch.Tensor:
     images = torch.from_numpy(crops)
     if torch.device(device).type == "cuda":
         return images.pin_memory().to(device, non_blocking=True)
@@ -246,7 +238,7 @@ def _jitter(images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tens
     return torch.addcmul(offset[:, None, None], images.float(), (contrast / 255)[:, None, None]).clamp_(0, 1)
 
 
-def _batch(films: np.ndarray, images: torch.Tensor, targets: np.ndarray, device: torch.device | str) -> Batch:
+def _batch(films: np.ndarray, images: torch.Tensor, targets: np.ndarray, device: Device) -> Batch:
     scale = torch.tensor([1 / s for s in STD], device=images.device)
     offset = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=images.device)
     # (B, S, S, 3) in memory, seen as (B, 3, S, S): that is channels_last, without a copy.

@@ -4,11 +4,15 @@ import contextlib
 import io
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 
 def decode_film(data: bytes, size: int, suffix: str = ".png") -> np.ndarray:
@@ -41,9 +45,8 @@ def decode_film(data: bytes, size: int, suffix: str = ".png") -> np.ndarray:
     film = readers[suffix.lower()](data)
     height, width = film.shape[:2]
     if height != width:
-        raise ValueError(
-            f"it is not square ({width} x {height}): boxes and crops assume the square films of the release"
-        )
+        shape = f"({width} x {height})"
+        raise ValueError(f"it is not square {shape}: boxes and crops assume the square films of the release")
     if film.ndim == 3:
         film = cv2.cvtColor(film, cv2.COLOR_BGRA2GRAY if film.shape[2] == 4 else cv2.COLOR_BGR2GRAY)
     # Halves first where they nest: OpenCV averages 2 x 2 ten times faster than 4 x 4, and rounding twice moves a pixel
@@ -119,7 +122,7 @@ def _read_dicom(data: bytes) -> np.ndarray:
         samples, frames = int(header.get("SamplesPerPixel") or 1), int(header.get("NumberOfFrames") or 1)
         syntax = pydicom.uid.UID(str(header.file_meta.TransferSyntaxUID))
         slope, intercept = _number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", 0.0)
-        centre, width = _number(header, "WindowCenter"), _number(header, "WindowWidth")
+        window = _number(header, "WindowCenter"), _number(header, "WindowWidth")
         function = str(header.get("VOILUTFunction") or "LINEAR")
     if "PixelData" not in header:
         raise ValueError("it is truncated, or has no pixels")
@@ -143,11 +146,11 @@ def _read_dicom(data: bytes) -> np.ndarray:
         stored = header.pixel_array
         bits, signed = int(header.BitsStored), bool(header.PixelRepresentation)
     if not 1 <= bits <= 16 or slope == 0 or not np.isfinite(2.0**16 * abs(slope) + abs(intercept)):
-        rescale = f"rescaled by {slope:g} x + {intercept:g}"
         raise ValueError(
-            f"its grey values have {bits} bits and are {rescale}; films have 1 to 16 bits, and a finite slope but 0"
+            f"its grey values have {bits} bits and are rescaled by {slope:g} x + {intercept:g}; films have 1 to 16 "
+            "bits, and a finite slope but 0"
         )
-    windowed = bits > 8 and centre is not None and width is not None
+    windowed = bits > 8 and None not in window
     if "ModalityLUTSequence" in header or ("VOILUTSequence" in header and bits > 8 and not windowed):
         raise ValueError(
             "its grey values go through a look-up table, which is not supported; convert it to plain MONOCHROME2"
@@ -158,14 +161,10 @@ def _read_dicom(data: bytes) -> np.ndarray:
     # may hold anything.
     values = slope * np.arange(first, first + 2**bits) + intercept
     if windowed:
-        dark, bright = _window(centre, width, function)
+        dark, bright = _window(*window, function)
     else:
-        ends = (
-            [0, len(values) - 1]
-            if bits <= 8
-            else np.clip([int(stored.min()) - first, int(stored.max()) - first], 0, len(values) - 1)
-        )
-        dark, bright = sorted(values[ends])
+        ends = [first, first + len(values) - 1] if bits <= 8 else [int(stored.min()), int(stored.max())]
+        dark, bright = sorted(values[np.clip(np.subtract(ends, first), 0, len(values) - 1)])
     shades = np.clip((values - dark) / (bright - dark), 0, 1) if bright > dark else np.zeros(len(values))
     if kind == "MONOCHROME1":
         shades = 1 - shades
@@ -174,10 +173,10 @@ def _read_dicom(data: bytes) -> np.ndarray:
     return table.take(stored.astype(np.int64) - first, mode="clip")
 
 
-def _number(header, name: str, absent: float | None = None) -> float | None:
+def _number(header: "Dataset", name: str, absent: float | None = None) -> float | None:
     """The number of a header element, the first one where it holds several."""
     value = header.get(name)
-    if isinstance(value, (list, tuple)) or hasattr(value, "__getitem__") and not isinstance(value, str):
+    if hasattr(value, "__getitem__") and not isinstance(value, str):
         value = value[0] if len(value) else None
     return absent if value is None or value == "" else float(value)
 
@@ -186,9 +185,8 @@ def _window(centre: float, width: float, function: str) -> tuple[float, float]:
     """Rescaled values that a window shows as black and as white (DICOM PS3.3, C.11.2.1)."""
     if function not in ("LINEAR", "LINEAR_EXACT"):
         raise ValueError(f"its window is {function}; LINEAR and LINEAR_EXACT are supported")
-    if (
-        function == "LINEAR"
-    ):  # the standard counts whole values: the centre lies half a step lower, and the width spans one step less
+    if function == "LINEAR":
+        # The standard counts whole values: the centre lies half a step lower, and the width spans one step less.
         centre, width = centre - 0.5, width - 1
     if not (np.isfinite([centre, width]).all() and width > 0):
         raise ValueError("its window has no width")
@@ -196,12 +194,11 @@ def _window(centre: float, width: float, function: str) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def _faults_of_the_file():
+def _faults_of_the_file() -> Iterator[None]:
     try:
         yield
     # Damaged headers and streams make pydicom raise nearly anything (AttributeError, struct.error, KeyError,
     # RuntimeError, ...); such a film must be named, and must not end the decoding of all others.
     except Exception as error:
-        raise ValueError(
-            f"it is truncated or damaged ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
-        ) from error
+        text = " ".join(str(error).split())[:150]
+        raise ValueError(f"it is truncated or damaged ({type(error).__name__}: {text})") from error

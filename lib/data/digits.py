@@ -7,12 +7,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 
-from lib.data.phantom.files import write_file
-from lib.data.release import DIGITS, FILM_COLUMNS, Release, ReleaseError, box_frame, problem_frame
-from lib.data.rows import find_file, read_lines, require, some
+from lib.data import reading
+from lib.data.release import DIGITS, Release, ReleaseError, problem_frame
 from lib.data.rsna import draw_splits
+from lib.locks import write_whole
 
 TABLE = "digits.csv"
 SIDE = 8  # values along a side of the data
@@ -41,15 +40,11 @@ def write_digits(root: str | Path, *, size: int = 32) -> None:
     """
     if isinstance(size, bool) or size != int(size) or size < SIDE or size % SIDE:
         raise ValueError(f"size is {size!r}: it must be a multiple of {SIDE} pixels")
-    root = Path(root)
-    finished, unfinished, parameters = (
-        root / "digits.json",
-        root / "digits.unfinished.json",
-        {"format": 1, "size": int(size)},
-    )
+    root, parameters = Path(root), {"format": 1, "size": int(size)}
+    finished, unfinished = root / "digits.json", root / "digits.unfinished.json"
     if finished.exists():
-        if json.loads(finished.read_text()) != parameters:
-            found = finished.read_text()
+        found = finished.read_text()
+        if json.loads(found) != parameters:
             raise ValueError(
                 f"{root} already holds digits with {found}, not the {parameters} asked for: choose another folder, "
                 "or delete it"
@@ -60,7 +55,7 @@ def write_digits(root: str | Path, *, size: int = 32) -> None:
             f"{root} exists and holds no digits (it has no digits.json): choose an empty or new folder"
         )
     (root / "images").mkdir(parents=True, exist_ok=True)
-    write_file(unfinished, json.dumps(parameters).encode())
+    write_whole(unfinished, json.dumps(parameters).encode())
 
     from sklearn.datasets import load_digits  # here: seconds, and only the first call needs it
 
@@ -69,10 +64,10 @@ def write_digits(root: str | Path, *, size: int = 32) -> None:
     pixels = np.floor(data.images * (255 / _BRIGHTEST) + 0.5).astype(np.uint8)
     for name, image in zip(names, pixels, strict=True):
         enlarged = cv2.resize(image, (size, size), interpolation=cv2.INTER_NEAREST)
-        write_file(root / "images" / name, cv2.imencode(".png", enlarged)[1].tobytes())
+        write_whole(root / "images" / name, cv2.imencode(".png", enlarged)[1].tobytes())
     rows = [f"{name},{label}" for name, label in zip(names, data.target, strict=True)]
-    write_file(root / TABLE, "\n".join(["image,label", *rows, ""]).encode())
-    write_file(finished, json.dumps(parameters).encode())
+    write_whole(root / TABLE, "\n".join(["image,label", *rows, ""]).encode())
+    write_whole(finished, json.dumps(parameters).encode())
     unfinished.unlink(missing_ok=True)
 
 
@@ -95,48 +90,28 @@ def read_digits(root: str | Path, *, validation_fraction: float, seed: int) -> R
     ReleaseError
         The folder was not written to the end, or its table or images are damaged or missing.
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1, both excluded")
-    root = Path(root).expanduser().resolve()
-    if not root.is_dir():
-        raise ReleaseError(
-            f"{root} is not a folder; write the digits there with write_digits (data_root empty does that)"
-        )
-    find_file(root, "digits.json")  # written last
-    path = find_file(root, TABLE)
-    lines = read_lines(path)
+    advice = "write the digits there with write_digits (data_root empty does that)"
+    root = reading.open_root(root, advice, validation_fraction=validation_fraction)
+    again = f"delete {root} to have it written again"
+    reading.find_file(root, "digits.json")  # written last
+    path = reading.find_file(root, TABLE)
+    lines = reading.read_lines(path)
     if not lines or lines[0][1] != ["image", "label"]:
-        raise ReleaseError(f"{path} must begin with 'image,label'; delete {root} to have it written again")
+        raise ReleaseError(f"{path} must begin with 'image,label'; {again}")
     wrong = [(number, cells) for number, cells in lines[1:] if len(cells) != 2 or cells[1] not in DIGITS]
     faults = [f"row {number} is {','.join(cells)!r}, not an image and a digit" for number, cells in wrong]
-    require(faults, path, "Delete the folder to have it written again.")
+    reading.require(faults, path, "Delete the folder to have it written again.")
     images, labels = ([cells[column] for _, cells in lines[1:]] for column in (0, 1))
     there = set(os.listdir(root / "images")) if (root / "images").is_dir() else set()
     missing = [name for name in images if name not in there]
     if missing:
         raise ReleaseError(
-            f"{len(missing)} images of {path} are missing from images/: {some(missing)}. Delete {root} to have it "
-            "written again."
+            f"{len(missing)} images of {path} are missing from images/: {reading.some(missing)}. "
+            f"Delete {root} to have it written again."
         )
-    few = [digit for digit in DIGITS if labels.count(digit) < 3]
-    if few or len(set(images)) < len(images):
-        raise ReleaseError(
-            f"{path} names an image twice, or has fewer than 3 of a digit; delete {root} to have it written again"
-        )
-    films = pd.DataFrame(
-        {
-            "image": images,
-            "patient": images,
-            "age": np.nan,
-            "sex": "",
-            "view": "",
-            "follow_up": 0,
-            "labels": labels,
-            "split": draw_splits(
-                images, labels, test_fraction=TEST_FRACTION, validation_fraction=validation_fraction, seed=seed
-            ),
-            "path": [str(root / "images" / name) for name in images],
-        }
-    )
-    dtypes = {name: "str" for name in FILM_COLUMNS} | {"age": float, "follow_up": int}
-    return Release(root, films.astype(dtypes)[list(FILM_COLUMNS)], box_frame([]), problem_frame([]), DIGITS)
+    if len(set(images)) < len(images) or any(labels.count(digit) < 3 for digit in DIGITS):
+        raise ReleaseError(f"{path} names an image twice, or has fewer than 3 of a digit; {again}")
+    fractions = {"test_fraction": TEST_FRACTION, "validation_fraction": validation_fraction}
+    split, paths = draw_splits(images, labels, **fractions, seed=seed), [str(root / "images" / name) for name in images]
+    films = reading.film_frame({"image": images, "patient": images, "labels": labels, "split": split, "path": paths})
+    return Release(root, films, reading.box_frame([]), problem_frame([]), DIGITS)

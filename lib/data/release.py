@@ -1,6 +1,6 @@
 """What a release of films is: its films, labels, boxes and splits, and what a task makes of them."""
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,26 +27,8 @@ class ReleaseError(ValueError):
 
 
 def problem_frame(problems: list[tuple[str, str, str]]) -> pd.DataFrame:
+    """The table `Release.problems` of (kind, item, detail)."""
     return pd.DataFrame(problems, columns=["kind", "item", "detail"], dtype="str")
-
-
-def box_frame(rows: list[tuple]) -> pd.DataFrame:
-    frame = pd.DataFrame(rows, columns=list(BOX_COLUMNS))
-    return frame.astype({"image": "str", "class": "str", "x1": float, "y1": float, "x2": float, "y2": float})
-
-
-def box_fault(x: float, y: float, w: float, h: float, box: str) -> str | None:
-    """What is wrong with a box that the message calls `box`, or None."""
-    if not (all(map(math.isfinite, (x, y, w, h))) and w > 0 and h > 0):
-        return f"{box} has no area"
-    if x >= BOX_PIXELS or y >= BOX_PIXELS or x + w <= 0 or y + h <= 0:
-        return f"{box} lies outside its film (boxes are in pixels of the 1024 x 1024 release)"
-    return None
-
-
-def clip_box(x: float, y: float, w: float, h: float) -> tuple[float, float, float, float]:
-    """Corners x1, y1, x2, y2 of the part of a box that lies on its film."""
-    return max(x, 0.0), max(y, 0.0), min(x + w, float(BOX_PIXELS)), min(y + h, float(BOX_PIXELS))
 
 
 @dataclass(frozen=True)
@@ -86,14 +68,13 @@ class Release:
                 table[row, self.classes.index(name)] = 1
         return table[codes]
 
-    def without(self, images, reason: str = "left out by the caller") -> "Release":
+    def without(self, images: Iterable[str], reason: str = "left out by the caller") -> "Release":
         """The release without the named films and their boxes, each of them noted in `problems`.
 
         Rows are renumbered. Raises ReleaseError when a split would be left empty.
         """
         names = set(images)
-        films = self.films[~self.films["image"].isin(names)].reset_index(drop=True)
-        boxes = self.boxes[~self.boxes["image"].isin(names)].reset_index(drop=True)
+        films, boxes = (frame[~frame["image"].isin(names)].reset_index(drop=True) for frame in (self.films, self.boxes))
         notes = [("film left out", name, reason) for name in self.films["image"] if name in names]
         empty = [split for split in ("train", "val", "test") if split not in set(films["split"])]
         if empty:
@@ -101,9 +82,8 @@ class Release:
                 f"{self.root}: without the {len(notes)} films left out ({reason}) the {empty[0]} split is empty; "
                 "repair those films"
             )
-        return replace(
-            self, films=films, boxes=boxes, problems=pd.concat([self.problems, problem_frame(notes)], ignore_index=True)
-        )
+        problems = pd.concat([self.problems, problem_frame(notes)], ignore_index=True)
+        return replace(self, films=films, boxes=boxes, problems=problems)
 
 
 def task_targets(targets: np.ndarray, task: str, no_finding: bool = True) -> tuple[np.ndarray, list[str]]:
@@ -120,7 +100,8 @@ def task_targets(targets: np.ndarray, task: str, no_finding: bool = True) -> tup
 
     Returns
     -------
-    (uint8 (N, M), list of M class names)
+    targets : uint8 (N, M)
+    classes : list of M str
 
     Raises
     ------
@@ -131,8 +112,8 @@ def task_targets(targets: np.ndarray, task: str, no_finding: bool = True) -> tup
     classes = DIGITS if task == "digits" else CLASSES
     if targets.shape[1:] != (len(classes),):
         raise ValueError(
-            f"targets are {targets.shape}, but task {task!r} needs a release of {len(classes)} classes: choose the "
-            "task of this release"
+            f"targets are {targets.shape}, but task {task!r} needs a release of {len(classes)} classes: "
+            "choose the task of this release"
         )
     if task == "digits":
         return targets.copy(), list(DIGITS)
@@ -150,7 +131,7 @@ def task_boxes(boxes: pd.DataFrame, task: str) -> pd.DataFrame:
     """Boxes with the classes of the task, rows kept and not merged.
 
     'multilabel' and 'digits': unchanged; 'binary': every class is 'Unhealthy'; 'pneumonia': those of Pneumonia only,
-    renumbered.
+    renumbered. Raises ValueError where there is no such task.
     """
     _require_task(task)
     if task == "pneumonia":
@@ -160,10 +141,7 @@ def task_boxes(boxes: pd.DataFrame, task: str) -> pd.DataFrame:
 
 def film_boxes(boxes: pd.DataFrame, image_size: int) -> pd.DataFrame:
     """Boxes scaled from the 1024 x 1024 release to films of image_size x image_size pixels, unrounded."""
-    corners = ["x1", "y1", "x2", "y2"]
-    scaled = boxes.copy()
-    scaled[corners] = boxes[corners] * (image_size / BOX_PIXELS)
-    return scaled
+    return boxes.assign(**{corner: boxes[corner] * (image_size / BOX_PIXELS) for corner in BOX_COLUMNS[2:]})
 
 
 def _require_task(task: str) -> None:

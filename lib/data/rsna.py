@@ -3,24 +3,14 @@ classes."""
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 
-from lib.data.release import (
-    FILM_COLUMNS,
-    NO_FINDING,
-    PNEUMONIA,
-    Release,
-    ReleaseError,
-    box_fault,
-    box_frame,
-    clip_box,
-    problem_frame,
-)
-from lib.data.rows import find_file, read_lines, require, some
+from lib.data import reading
+from lib.data.release import NO_FINDING, PNEUMONIA, Release, ReleaseError, problem_frame
 
 FILMS = "stage_2_train_images"
 LABELS = "stage_2_train_labels.csv"
@@ -28,8 +18,6 @@ DETAILS = "stage_2_detailed_class_info.csv"
 LABEL_COLUMNS = ("patientId", "x", "y", "width", "height", "Target")
 DETAIL_COLUMNS = ("patientId", "class")
 OPACITY, NORMAL, NEITHER = "Lung Opacity", "Normal", "No Lung Opacity / Not Normal"
-RSNA_COLUMNS = (*FILM_COLUMNS, "detail")
-_DTYPES = {name: "str" for name in RSNA_COLUMNS} | {"age": float, "follow_up": int}
 
 
 def read_rsna(
@@ -77,17 +65,12 @@ def read_rsna(
         Missing, empty or malformed files, unknown columns, targets or classes, Target 1 without a box or 0 with one, a
         patient with two targets or two classes, boxes without area or outside their film, too few patients to divide.
     """
-    for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
-    if on_missing not in ("error", "skip"):
-        raise ValueError(f"on_missing is {on_missing!r}; it must be 'error' or 'skip'")
-    root = Path(root).expanduser().resolve()
-    if not root.is_dir():
-        raise ReleaseError(f"{root} is not a folder; give the folder that holds {LABELS} and {FILMS}/")
+    fractions = {"validation_fraction": validation_fraction, "test_fraction": test_fraction}
+    advice = f"give the folder that holds {LABELS} and {FILMS}/"
+    root = reading.open_root(root, advice, on_missing, **fractions)
     problems: list[tuple[str, str, str]] = []
 
-    label_file = find_file(root, LABELS)
+    label_file = reading.find_file(root, LABELS)
     targets, boxes = _read_labels(label_file, problems)
     details = _read_details(root, label_file, targets, on_missing, problems)
     paths = _locate(root, label_file, targets, on_missing, problems)
@@ -101,32 +84,23 @@ def read_rsna(
                 f"{root}: {found} patients have Target {target} and a film; train, val and test need one each: 3 at "
                 "least"
             )
-    films = pd.DataFrame(
-        {
-            "image": [f"{patient}.dcm" for patient in kept],
-            "patient": kept,
-            "age": np.nan,
-            "sex": "",
-            "view": "",
-            "follow_up": 0,
-            "labels": [PNEUMONIA if targets[p] else NO_FINDING if details.get(p) == NORMAL else "" for p in kept],
-            "split": draw_splits(
-                kept, is_positive, test_fraction=test_fraction, validation_fraction=validation_fraction, seed=seed
-            ),
-            "path": [paths[patient] for patient in kept],
-            "detail": [details.get(patient, "") for patient in kept],
-        }
-    )
-    problems += [
-        ("box left out", f"{p}.dcm", "its film is left out")
-        for p in dict.fromkeys(p for p, *_ in boxes)
-        if p not in paths
-    ]
+    columns = {
+        "image": [f"{patient}.dcm" for patient in kept],
+        "patient": kept,
+        "labels": [PNEUMONIA if targets[p] else NO_FINDING if details.get(p) == NORMAL else "" for p in kept],
+        "split": draw_splits(kept, is_positive, **fractions, seed=seed),
+        "path": [paths[patient] for patient in kept],
+        "detail": [details.get(patient, "") for patient in kept],
+    }
+    boxless = dict.fromkeys(f"{patient}.dcm" for patient, *_ in boxes if patient not in paths)
+    problems += reading.notes("box left out", boxless, "its film is left out")
     rows = [(f"{patient}.dcm", PNEUMONIA, *corners) for patient, *corners in boxes if patient in paths]
-    return Release(root, films.astype(_DTYPES)[list(RSNA_COLUMNS)], box_frame(rows), problem_frame(problems))
+    return Release(root, reading.film_frame(columns), reading.box_frame(rows), problem_frame(problems))
 
 
-def draw_splits(names, labels, *, test_fraction: float, validation_fraction: float, seed: int) -> np.ndarray:
+def draw_splits(
+    names: Sequence[str], labels: Sequence, *, test_fraction: float, validation_fraction: float, seed: int
+) -> np.ndarray:
     """Divide films at random into train, val and test, each label on its own, so that all labels are in every split.
 
     Films take their places in the order of a hash of (seed, name): the split depends on neither the order of the films
@@ -169,28 +143,22 @@ def draw_splits(names, labels, *, test_fraction: float, validation_fraction: flo
 def _read_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
     """((row number, cells by column) of every row, faults of the others). Columns may stand in any order, but must be
     these."""
-    lines = read_lines(path)
-    if len(lines) < 2:
-        raise ReleaseError(f"{path} has no rows; copy it again from the release")
-    header = lines[0][1]
+    header, lines = reading.read_table(path)
     unknown, absent = [name for name in header if name not in columns], [name for name in columns if name not in header]
     if unknown or absent or len(header) > len(columns):
-        faults = [f"unknown columns {some(map(repr, unknown))}"] * bool(unknown) + [
-            f"no columns {some(map(repr, absent))}"
-        ] * bool(absent)
+        named = (("unknown columns", unknown), ("no columns", absent))
+        fault = " and ".join(f"{what} {reading.some(map(repr, names))}" for what, names in named if names)
         raise ReleaseError(
-            f"{path} has {' and '.join(faults) or 'a column twice'} in its first line; the columns are "
-            f"{', '.join(columns)}"
+            f"{path} has {fault or 'a column twice'} in its first line; the columns are {', '.join(columns)}"
         )
     rows, faults = [], []
-    for number, cells in lines[1:]:
+    for number, cells in lines:
         row = dict(zip(header, cells))
         if len(cells) != len(header):
             faults.append(f"row {number} has {len(cells)} cells, not {len(header)}")
         elif not row["patientId"] or "/" in row["patientId"] or "\\" in row["patientId"]:
-            faults.append(
-                f"row {number}: patientId {row['patientId']!r} is not the name of a film (without folder and .dcm)"
-            )
+            fault = f"patientId {row['patientId']!r} is not the name of a film (without folder and .dcm)"
+            faults.append(f"row {number}: {fault}")
         else:
             rows.append((number, row))
     return rows, faults
@@ -203,24 +171,23 @@ def _read_labels(path: Path, problems: list) -> tuple[dict[str, int], list[tuple
     first: dict[str, int] = {}
     boxes: dict[tuple, None] = {}
     for number, row in rows:
-        patient, target, sides = row["patientId"], row["Target"], [row[side] for side in ("x", "y", "width", "height")]
+        patient, *sides, target = (row[name] for name in LABEL_COLUMNS)
         fault = None
         if target not in ("0", "1"):
             fault = f"Target {target!r} of {patient} is neither 0 nor 1"
         elif targets.setdefault(patient, int(target)) != int(target):
             fault = f"{patient} has Target {target}, but Target {targets[patient]} in row {first[patient]}"
-        elif target == "0" and any(sides):
-            fault = f"{patient} has a box ({', '.join(sides)}), but Target 0"
-        if fault is None and target == "0" and patient in first:
-            problems.append(
-                ("row repeated", f"{patient}.dcm", f"row {number}: Target 0 stands in row {first[patient]} already")
-            )
-        if fault is None and target == "1":
+        elif target == "1":
             fault = _add_box(number, patient, sides, boxes, problems)
+        elif any(sides):
+            fault = f"{patient} has a box ({', '.join(sides)}), but Target 0"
+        elif patient in first:
+            detail = f"row {number}: Target 0 stands in row {first[patient]} already"
+            problems.append(("row repeated", f"{patient}.dcm", detail))
         if fault:
             faults.append(f"row {number}: {fault}")
         first.setdefault(patient, number)
-    require(faults, path, "Correct or remove these rows.")
+    reading.require(faults, path, "Correct or remove these rows.")
     return targets, list(boxes)
 
 
@@ -228,20 +195,18 @@ def _add_box(number: int, patient: str, sides: list[str], boxes: dict[tuple, Non
     """Add a row's box to `boxes`, clipped to its film; returns what is wrong with it, or None."""
     if not any(sides):
         return f"{patient} has Target 1, but no box"
-    text = f"box {', '.join(sides)} of {patient}"
+    box, image = f"box {', '.join(sides)} of {patient}", f"{patient}.dcm"
     try:
-        x, y, w, h = map(float, sides)
+        numbers = [float(side) for side in sides]
     except ValueError:
-        return f"the {text} is not four numbers"
-    fault = box_fault(x, y, w, h, f"the {text}")
+        return f"the {box} is not four numbers"
+    fault = reading.box_fault(*numbers, f"the {box}")
     if fault:
         return fault
-    corners = clip_box(x, y, w, h)
-    if corners != (x, y, x + w, y + h):
-        problems.append(("box clipped", f"{patient}.dcm", f"row {number}: the {text} reaches past its film"))
-    if (patient, *corners) in boxes:
-        problems.append(("box repeated", f"{patient}.dcm", f"row {number}: used once"))
-    boxes[(patient, *corners)] = None
+    key = (patient, *reading.clip_box(numbers, box, image, number, problems))
+    if key in boxes:
+        problems.append(("box repeated", image, f"row {number}: used once"))
+    boxes[key] = None
     return None
 
 
@@ -249,15 +214,10 @@ def _read_details(
     root: Path, label_file: Path, targets: dict[str, int], on_missing: str, problems: list
 ) -> dict[str, str]:
     """Detailed class of every patient that has one."""
-    path = find_file(root, DETAILS, required=False)
+    path = reading.find_file(root, DETAILS, required=False)
     if path is None:
-        problems.append(
-            (
-                "no detailed classes",
-                DETAILS,
-                "not in the release: no film is known to be normal, so none is labelled 'No Finding'",
-            )
-        )
+        detail = "not in the release: no film is known to be normal, so none is labelled 'No Finding'"
+        problems.append(("no detailed classes", DETAILS, detail))
         return {}
     rows, faults = _read_rows(path, DETAIL_COLUMNS)
     details: dict[str, str] = {}
@@ -265,33 +225,26 @@ def _read_details(
     unlabelled: dict[str, None] = {}
     for number, row in rows:
         patient, name = row["patientId"], row["class"]
+        fault = None
         if name not in (OPACITY, NORMAL, NEITHER):
-            faults.append(
-                f"row {number}: unknown class {name!r} of {patient}; the classes are {OPACITY!r}, {NORMAL!r} and "
-                f"{NEITHER!r}"
-            )
+            fault = f"unknown class {name!r} of {patient}; the classes are {OPACITY!r}, {NORMAL!r} and {NEITHER!r}"
         elif patient not in targets:
-            unlabelled[patient] = None
+            unlabelled[f"{patient}.dcm"] = None
         elif details.setdefault(patient, name) != name:
-            faults.append(f"row {number}: {patient} is {name!r}, but {details[patient]!r} in row {first[patient]}")
+            fault = f"{patient} is {name!r}, but {details[patient]!r} in row {first[patient]}"
         elif (name == OPACITY) != (targets[patient] == 1):
-            faults.append(
-                f"row {number}: {patient} is {name!r}, but has Target {targets[patient]} in {label_file.name}"
-            )
+            fault = f"{patient} is {name!r}, but has Target {targets[patient]} in {label_file.name}"
+        if fault:
+            faults.append(f"row {number}: {fault}")
         first.setdefault(patient, number)
-    require(faults, path, "Correct or remove these rows.")
-    problems += [
-        ("class without a label", f"{p}.dcm", f"in {path.name} but not in {label_file.name}: left out")
-        for p in unlabelled
-    ]
+    reading.require(faults, path, "Correct or remove these rows.")
+    stray = f"in {path.name} but not in {label_file.name}: left out"
+    problems += reading.notes("class without a label", unlabelled, stray)
     absent = [patient for patient in targets if patient not in details]
-    if absent and on_missing == "error":
-        raise ReleaseError(
-            f"{len(absent)} of the {len(targets)} patients of {label_file} are not in {path.name}: {some(absent)}. "
-            "Take both files from the same "
-            "release, or set skip_bad_films: true (on_missing='skip') to go on without their detailed class."
-        )
-    problems += [("no detailed class", f"{p}.dcm", f"not in {path.name}") for p in absent]
+    fault = f"of the {len(targets)} patients of {label_file} are not in {path.name}"
+    cure = "Take both files from the same release"
+    reading.require_all(absent, on_missing, fault, cure, "their detailed class")
+    problems += reading.notes("no detailed class", [f"{patient}.dcm" for patient in absent], f"not in {path.name}")
     return details
 
 
@@ -303,17 +256,10 @@ def _locate(root: Path, label_file: Path, targets: dict[str, int], on_missing: s
         raise ReleaseError(f"{root} has no folder {FILMS}; unpack {FILMS}.zip of the release there")
     with os.scandir(folder) as entries:
         found = {entry.name.removesuffix(".dcm"): entry.path for entry in entries if entry.name.endswith(".dcm")}
-    missing = [patient for patient in targets if patient not in found]
-    if missing and on_missing == "error":
-        raise ReleaseError(
-            f"{len(missing)} of the {len(targets)} patients of {label_file} have no film in {folder}: "
-            f"{some([f'{p}.dcm' for p in missing])}. "
-            "Complete the download, or set skip_bad_films: true (on_missing='skip') to go on without these patients."
-        )
-    problems += [("film missing", f"{patient}.dcm", "no such file: left out") for patient in missing]
-    problems += [
-        ("film without a label", f"{p}.dcm", f"not in {label_file.name}: left out")
-        for p in sorted(found)
-        if p not in targets
-    ]
+    missing = [f"{patient}.dcm" for patient in targets if patient not in found]
+    fault = f"of the {len(targets)} patients of {label_file} have no film in {folder}"
+    reading.require_all(missing, on_missing, fault, "Complete the download", "these patients")
+    problems += reading.notes("film missing", missing, "no such file: left out")
+    strangers = [f"{patient}.dcm" for patient in sorted(found.keys() - targets.keys())]
+    problems += reading.notes("film without a label", strangers, f"not in {label_file.name}: left out")
     return {patient: path for patient, path in found.items() if patient in targets}

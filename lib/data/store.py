@@ -10,9 +10,11 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.data.decoding import decode_film
-from lib.locks import exclusive
+from lib.locks import exclusive, write_whole
 
 if TYPE_CHECKING:  # worker processes import this module: pandas would double their start-up
     import pandas as pd
@@ -32,6 +34,7 @@ VERSION = 1  # of the pixels: raise it whenever the same film would be stored di
 _CHUNK = 32  # films a worker decodes per task
 _CHECKPOINT_SECONDS = 15.0
 _SPARE_BYTES = 64 * 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoreError(RuntimeError):
@@ -117,33 +120,22 @@ def open_store(
     signatures = _signatures(release.films)
     fingerprint = _fingerprint(signatures, size)
 
-    store = _reuse(folder, release.films, size, fingerprint)
+    reuse = partial(_reuse, folder, release.films, size, fingerprint)
+    store = reuse()
     if store is None:
         folder.mkdir(parents=True, exist_ok=True)
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with _lock(folder):
-            store = _reuse(
-                folder, release.films, size, fingerprint
-            )  # another process may have built it while this one waited
+            store = reuse()  # another process may have built it while this one waited
             if store is None:
-                _build(
-                    folder,
-                    list(release.films["path"]),
-                    size,
-                    signatures,
-                    fingerprint,
-                    workers or _cpus(),
-                    on_unreadable,
-                )
-                store = _reuse(folder, release.films, size, fingerprint)
+                paths = list(release.films["path"])
+                _build(folder, paths, size, signatures, fingerprint, workers or cpus, on_unreadable == "skip")
+                store = reuse()
     if store is None:
         raise StoreError(f"{folder} changed while it was being opened; open it again")
     if store.unreadable and on_unreadable == "error":
         raise StoreError(_unreadable_message(_read_manifest(folder)["unreadable"], len(release.films)))
     return store
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- source
@@ -187,14 +179,11 @@ def _reuse(folder: Path, films: "pd.DataFrame", size: int, fingerprint: str) -> 
         images = np.load(folder / "images.npy", mmap_mode="r")
     except (FileNotFoundError, ValueError, EOFError):
         return None
+    unreadable = [item["image"] for item in manifest["unreadable"]]
+    expected = (len(films) - len(unreadable), size, size)
     # A rebuild removes store.json before it replaces images.npy: the same manifest after opening means that these are
     # its images.
-    unreadable = [item["image"] for item in manifest["unreadable"]]
-    if (
-        images.shape != (len(films) - len(unreadable), size, size)
-        or images.dtype != np.uint8
-        or _read_manifest(folder) != manifest
-    ):
+    if images.shape != expected or images.dtype != np.uint8 or _read_manifest(folder) != manifest:
         return None
     return Store(images, films[~films["image"].isin(unreadable)].reset_index(drop=True), size, fingerprint, unreadable)
 
@@ -204,23 +193,19 @@ def _unreadable_message(unreadable: list[dict], n_films: int) -> str:
     more = f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
     return (
         f"{len(unreadable)} of {n_films} films are unreadable: {listed}{more}. Replace these files and open the "
-        "store again, "
-        "or set skip_bad_films: true (on_unreadable='skip') to go on without them."
+        "store again, or set skip_bad_films: true (on_unreadable='skip') to go on without them."
     )
 
 
 @contextlib.contextmanager
-def _lock(folder: Path):
+def _lock(folder: Path) -> Iterator[None]:
     """Exclusive among processes that would build the store in `folder`."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(exclusive(folder / "lock", f"waiting for another process that is building {folder}"))
         except OSError as error:
-            message = (
-                f"{folder} holds no store of this release and cannot be written ({error.strerror}); choose "
-                "another folder"
-            )
-            raise StoreError(message) from error
+            fault = f"holds no store of this release and cannot be written ({error.strerror})"
+            raise StoreError(f"{folder} {fault}; choose another folder") from error
         yield
 
 
@@ -228,24 +213,19 @@ def _lock(folder: Path):
 
 
 def _build(
-    folder: Path,
-    paths: list[str],
-    size: int,
-    signatures: np.ndarray,
-    fingerprint: str,
-    workers: int,
-    on_unreadable: str,
+    folder: Path, paths: list[str], size: int, signatures: np.ndarray, fingerprint: str, workers: int, skip: bool
 ) -> None:
-    """Decode into folder/building, then publish: remove store.json, move images.npy, write store.json."""
+    """Decode into folder/building, then publish: remove store.json, move images.npy, write store.json.
+
+    With `skip` unreadable films are left out and listed; without, they are an error once all others are decoded.
+    """
     building = folder / "building"
     building.mkdir(exist_ok=True)
     offset, done = _prepare(building, size, signatures)
     reasons = _decode_all(building, paths, size, signatures, offset, done, workers)
-    unreadable = [
-        {"image": os.path.basename(paths[row]), "path": paths[row], "reason": reason}
-        for row, reason in sorted(reasons.items())
-    ]
-    if unreadable and on_unreadable == "error":
+    failed = [(paths[row], reason) for row, reason in sorted(reasons.items())]
+    unreadable = [{"image": os.path.basename(path), "path": path, "reason": reason} for path, reason in failed]
+    if unreadable and not skip:
         raise StoreError(_unreadable_message(unreadable, len(paths)))
     if len(unreadable) == len(paths):
         raise StoreError(f"not one of the {len(paths)} films is readable; the first is {paths[0]}: {reasons[0]}")
@@ -254,14 +234,9 @@ def _build(
 
     (folder / "store.json").unlink(missing_ok=True)
     os.replace(building / "images.npy", folder / "images.npy")
-    manifest = {
-        "version": VERSION,
-        "fingerprint": fingerprint,
-        "size": size,
-        "films": len(paths),
-        "unreadable": unreadable,
-    }
-    _write_atomically(folder / "store.json", json.dumps(manifest, indent=1).encode())
+    manifest = {"version": VERSION, "fingerprint": fingerprint, "size": size, "films": len(paths)}
+    content = json.dumps(manifest | {"unreadable": unreadable}, indent=1)
+    write_whole(folder / "store.json", content.encode(), sync=True)
     shutil.rmtree(building)
 
 
@@ -292,7 +267,7 @@ def _prepare(building: Path, size: int, signatures: np.ndarray) -> tuple[int, np
             with open(images, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, offset + needed)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             images.unlink()
             raise StoreError(message) from error
     return offset, np.zeros(len(signatures), bool)
@@ -303,11 +278,9 @@ def _decode_all(
 ) -> dict[int, str]:
     """Decode what is not done, keeping the progress file up to date -> {row: reason} of the unreadable films."""
     images, reasons = str(building / "images.npy"), {}
-    todo = np.flatnonzero(~done)
-    tasks = [
-        (images, offset, size, [(int(row), paths[row]) for row in todo[i : i + _CHUNK]])
-        for i in range(0, len(todo), _CHUNK)
-    ]
+    todo = [(int(row), paths[row]) for row in np.flatnonzero(~done)]
+    tasks = [(images, offset, size, todo[i : i + _CHUNK]) for i in range(0, len(todo), _CHUNK)]
+    bar = {"total": len(paths), "initial": len(paths) - len(todo), "unit": "film", "desc": "decoding"}
     saved = time.monotonic()
 
     def save() -> None:
@@ -320,21 +293,13 @@ def _decode_all(
     try:
         with (
             contextlib.closing(_results(tasks, workers)) as results,
-            tqdm(
-                total=len(paths),
-                initial=len(paths) - len(todo),
-                unit="film",
-                desc="decoding",
-                file=sys.stdout,
-                mininterval=5,
-                ascii=True,
-            ) as bar,
+            tqdm(**bar, file=sys.stdout, mininterval=5, ascii=True) as progress,
         ):
             for rows, failed in results:
                 done[rows] = True
                 done[list(failed)] = False
                 reasons |= failed
-                bar.update(len(rows))
+                progress.update(len(rows))
                 if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                     save()
                     saved = time.monotonic()
@@ -343,11 +308,10 @@ def _decode_all(
             "a decoding process was killed (out of memory?); open the store again to resume, with fewer workers"
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"the disk of {building} is full; make room and open the store again: it resumes"
-            ) from error
-        raise
+        if error.errno not in _FULL:
+            raise
+        message = f"the disk of {building} is full; make room and open the store again: it resumes"
+        raise StoreError(message) from error
     finally:
         with contextlib.suppress(OSError):
             save()
@@ -356,9 +320,8 @@ def _decode_all(
 
 def _close_gaps(building: Path, n_films: int, size: int, offset: int, gaps: list[int]) -> None:
     """Move the rows of readable films together and cut the file behind them."""
-    (
-        building / "progress.npy"
-    ).unlink()  # rows are about to lose their numbers: killed from here on, the build starts again
+    # Rows are about to lose their numbers: killed from here on, the build starts again.
+    (building / "progress.npy").unlink()
     images = np.load(building / "images.npy", mmap_mode="r+")
     kept = np.delete(np.arange(n_films), gaps)
     for row, source in enumerate(kept):
@@ -366,26 +329,23 @@ def _close_gaps(building: Path, n_films: int, size: int, offset: int, gaps: list
             images[row] = images[source]
     images.flush()
     with open(building / "images.npy", "r+b") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": (len(kept), size, size)}
-        )
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(kept), size, size)}
+        np.lib.format.write_array_header_1_0(file, header)
         if file.tell() != offset:
-            raise StoreError(
-                f"the header of {file.name} changed its length; delete {building} and open the store again"
-            )
+            message = f"the header of {file.name} changed its length; delete {building} and open the store again"
+            raise StoreError(message)
         file.truncate(offset + len(kept) * size * size)
         os.fsync(file.fileno())
 
 
-def _results(tasks: list[tuple], workers: int):
+def _results(tasks: list[tuple], workers: int) -> Iterator[tuple[list[int], dict[int, str]]]:
     """Results of `_decode_chunk`, in any order."""
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from map(_decode_chunk, tasks)
         return
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
-    ) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         futures = [pool.submit(_decode_chunk, task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -425,13 +385,4 @@ def _write_progress(path: Path, signatures: np.ndarray, done: np.ndarray) -> Non
     progress["signature"], progress["done"] = signatures, done
     buffer = io.BytesIO()
     np.save(buffer, progress)
-    _write_atomically(path, buffer.getvalue())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, buffer.getvalue(), sync=True)

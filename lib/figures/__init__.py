@@ -5,6 +5,8 @@ All are made for the text width of a paper (7 inches, type of 7 points and more)
 everywhere (Okabe-Ito, told apart in grey print by the marker). Every function requires `data_label`, what was measured
 on, and prints it at the foot.
 """
+# What others reach by the name of the room is imported to be there.
+# ruff: noqa: F401
 
 from lib.figures.attribution import attribution_grid, iou_by_threshold, share_dots
 from lib.figures.features import (
@@ -28,35 +30,3 @@ from lib.figures.release import ages, cooccurrence, film_grid, prevalence
 from lib.figures.study import cam_grid, performance
 from lib.figures.style import loss_styles
 from lib.figures.training import class_curves, reliability, training_curves
-
-__all__ = [
-    "activation_distribution",
-    "ages",
-    "alignment_distributions",
-    "attribution_grid",
-    "cam_grid",
-    "class_boxes",
-    "channel_panel",
-    "class_curves",
-    "class_overlap",
-    "concept_distributions",
-    "confounder_panel",
-    "consistency_scatter",
-    "cooccurrence",
-    "film_grid",
-    "film_titles",
-    "importance_panels",
-    "iou_by_threshold",
-    "loss_comparison",
-    "loss_styles",
-    "loss_weights",
-    "performance",
-    "prevalence",
-    "principal_curve",
-    "pruning_curve",
-    "reliability",
-    "scaled_cams",
-    "share_dots",
-    "train_test_gap",
-    "training_curves",
-]

@@ -16,9 +16,8 @@ def smooth_films(n, side=SIDE, seed=0):
     """Waves of a few periods, so that half a step of interpolation moves a pixel by little; uint8 (n, side, side)."""
     y, x = np.mgrid[:side, :side] / side
     waves = np.random.default_rng(seed).uniform(0, 2 * np.pi, (n, 2))
-    return np.stack([127 + 60 * np.sin(3 * x + 2 * y + a) + 50 * np.cos(4 * y - 2 * x + b) for a, b in waves]).astype(
-        np.uint8
-    )
+    films = [127 + 60 * np.sin(3 * x + 2 * y + a) + 50 * np.cos(4 * y - 2 * x + b) for a, b in waves]
+    return np.stack(films).astype(np.uint8)
 
 
 def still(n=1):
@@ -58,10 +57,8 @@ def reflected(i, n):
 
 def slow_window(draws, side):
     for k in range(ATTEMPTS):
-        area, ratio = (
-            (0.08 + 0.92 * draws[k]) * side * side,
-            math.exp(math.log(3 / 4) + draws[ATTEMPTS + k] * 2 * math.log(4 / 3)),
-        )
+        area = (0.08 + 0.92 * draws[k]) * side * side
+        ratio = math.exp(math.log(3 / 4) + draws[ATTEMPTS + k] * 2 * math.log(4 / 3))
         height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if height <= side and width <= side:
             break
@@ -73,15 +70,8 @@ def slow_window(draws, side):
 def slow_film(film, draws, size, jitter):
     top, left, height, width = slow_window(draws, len(film))
     crop = film[top : top + height, left : left + width].astype(float)
-    out = np.array(
-        [
-            [
-                bilinear(crop, (i + 0.5) * height / size - 0.5, (j + 0.5) * width / size - 0.5, nearest_inside)
-                for j in range(size)
-            ]
-            for i in range(size)
-        ]
-    )
+    y, x = ((np.arange(size) + 0.5) * side / size - 0.5 for side in (height, width))
+    out = np.array([[bilinear(crop, y[i], x[j], nearest_inside) for j in range(size)] for i in range(size)])
     if draws[TRANSPOSE] < 0.5:
         out = np.array([[out[j, i] for j in range(size)] for i in range(size)])
     if draws[FLIP] < 0.5:
@@ -105,9 +95,8 @@ def slow_film(film, draws, size, jitter):
 def test_equals_the_recipe_pixel_by_pixel(size, jitter):
     images, rows = smooth_films(12), np.array([5, 0, 11, 3, 8, 9, 2])
     draws = film_draws(3, 1, rows, DRAWS)
-    assert (
-        len(np.unique(draws[:, [TRANSPOSE, FLIP, AFFINE, TONE]] < 0.5, axis=0)) >= 5
-    )  # most combinations of the steps occur
+    # Most combinations of the steps occur.
+    assert len(np.unique(draws[:, [TRANSPOSE, FLIP, AFFINE, TONE]] < 0.5, axis=0)) >= 5
     ours = augmented_crops(images, rows, draws, size, jitter)
     assert ours.shape == (7, size, size) and ours.dtype == np.uint8
     for film, row, numbers in zip(ours, rows, draws, strict=True):
@@ -135,9 +124,8 @@ def test_a_shift_reflects_what_comes_in():
     film = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), np.uint8)
     draws = still()
     draws[0, AFFINE : AFFINE + 5] = 0, 0.5, 0.5, 5 / 6, 1 / 6  # 2 to the right and 2 up, of at most 3
-    expected = film[
-        np.ix_([reflected(i + 2, SIDE) for i in range(SIDE)], [reflected(j - 2, SIDE) for j in range(SIDE)])
-    ]
+    rows, columns = ([reflected(i + shift, SIDE) for i in range(SIDE)] for shift in (2, -2))
+    expected = film[np.ix_(rows, columns)]
     np.testing.assert_array_equal(augmented(film, draws), expected)
 
 
@@ -179,9 +167,8 @@ def test_crop_windows():
         assert (windows >= 0).all() and (top + height <= side).all() and (left + width <= side).all()
         assert windows[0].tolist() == [0, 0, side, side] and windows[1, 2] < side / 2
         share, shape = height * width / side**2, width / height
-        assert (
-            0.07 < share.min() < 0.09 and share.max() > 0.95 and 0.72 < shape.min() < 0.78 and 1.28 < shape.max() < 1.38
-        )
+        assert 0.07 < share.min() < 0.09 and share.max() > 0.95 and 0.72 < shape.min() < 0.78
+        assert 1.28 < shape.max() < 1.38
         assert 0.45 < np.median(share) < 0.55 and np.median(np.log(shape[share < 0.5])) == pytest.approx(0, abs=0.02)
         small = height < side / 2
         free = top[small] / (side - height[small])
@@ -196,9 +183,8 @@ def test_crop_windows():
 def test_holes(size, side):
     n = 40
     draws = film_draws(1, 2, np.arange(n), DRAWS)
-    images = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(
-        memory_format=torch.channels_last
-    )
+    images = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = images.to(memory_format=torch.channels_last)
     expected, numbers = images.clone(), []
     for film, those in zip(expected, draws, strict=True):
         numbers.append(2 + int(7 * those[HOLES + 1]) if those[HOLES] < 0.5 else 0)
@@ -232,9 +218,8 @@ def test_a_film_does_not_depend_on_its_batch_and_the_store_is_not_touched(tmp_pa
     rows = np.arange(20)
     together = augmented_crops(mapped, rows, film_draws(5, 1, rows, DRAWS), 40, 0.1)
     for order in (rows[::-1], np.array([7, 3]), np.array([12])):
-        np.testing.assert_array_equal(
-            augmented_crops(images, order, film_draws(5, 1, order, DRAWS), 40, 0.1), together[order]
-        )
+        alone = augmented_crops(images, order, film_draws(5, 1, order, DRAWS), 40, 0.1)
+        np.testing.assert_array_equal(alone, together[order])
     assert (augmented_crops(images, rows, film_draws(5, 2, rows, DRAWS), 40, 0.1) != together).any(axis=(1, 2)).all()
     assert augmented_crops(images, rows[:0], film_draws(5, 1, rows[:0], DRAWS), 40, 0.1).shape == (0, 40, 40)
     np.testing.assert_array_equal(mapped, np.fromfile(tmp_path / "films", np.uint8).reshape(images.shape))

@@ -31,11 +31,8 @@ def training(store=STORE, rows=ROWS, **changes):
 
 
 def by_film(batches) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    return {
-        int(row): (image, target)
-        for batch in batches
-        for row, image, target in zip(batch.rows, batch.images, batch.targets, strict=True)
-    }
+    films = [film for batch in batches for film in zip(batch.rows, batch.images, batch.targets, strict=True)]
+    return {int(row): (image, target) for row, image, target in films}
 
 
 def order(batches) -> list[int]:
@@ -57,11 +54,8 @@ def test_splitmix64_against_published_values_and_python_integers():
     # The first outputs of the generator with seed 1234567: its state advances by the golden gamma before each.
     gamma = np.uint64(0x9E3779B97F4A7C15)
     states = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * gamma
-    assert batches_module._splitmix64(states).tolist() == [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-    ]
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert batches_module._splitmix64(states).tolist() == published
     x = np.random.default_rng(0).integers(0, 2**64, 100, np.uint64)
     assert batches_module._splitmix64(x).tolist() == [splitmix64_by_hand(int(i)) for i in x]
 
@@ -72,9 +66,8 @@ def test_draws_are_functions_of_seed_epoch_and_film():
     assert (film_draws(7, 3, np.array([999, 4]), 5) == draws[[999, 4]]).all()
     for row in (0, 999):
         film_key = splitmix64_by_hand(splitmix64_by_hand(splitmix64_by_hand(7) ^ 3) ^ splitmix64_by_hand(row))
-        assert draws[row].tolist() == [
-            (splitmix64_by_hand(film_key + k & 2**64 - 1) >> 11) / 2**53 for k in range(1, 6)
-        ]
+        expected = [(splitmix64_by_hand(film_key + k & 2**64 - 1) >> 11) / 2**53 for k in range(1, 6)]
+        assert draws[row].tolist() == expected
     for seed, epoch in ((8, 3), (7, 4), (3, 7)):
         assert not (film_draws(seed, epoch, np.arange(1000), 5) == draws).any()
 
@@ -263,9 +256,8 @@ def test_evaluation_at_the_size_of_the_store_changes_no_pixel():
 
 def test_evaluation_resizes_with_antialiasing():
     film = by_film(evaluation_batches(STORE, ROWS, TARGETS, image_size=20, batch_size=9))[10][0]
-    expected = F.interpolate(
-        torch.from_numpy(STORE.images[10]).double()[None, None] / 255, (20, 20), mode="bilinear", antialias=True
-    )[0, 0]
+    whole = torch.from_numpy(STORE.images[10]).double()[None, None] / 255
+    expected = F.interpolate(whole, (20, 20), mode="bilinear", antialias=True)[0, 0]
     assert torch.allclose(film[0].double(), (expected - MEAN[0]) / STD[0], atol=1e-5)
     # A triangle filter over two pixels' width: half by hand, away from the border.
     pixels, weights = STORE.images[10].astype(float) / 255, np.array([1, 3, 3, 1]) / 8

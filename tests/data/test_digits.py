@@ -28,18 +28,14 @@ def snapshot(root) -> list:
 
 def test_the_images_hold_the_data(root):
     data, release = load_digits(), read(root)
-    assert (
-        len(release.films) == 1797
-        and list(release.films.columns) == list(FILM_COLUMNS)
-        and release.films["patient"].is_unique
-    )
+    assert len(release.films) == 1797 and list(release.films.columns) == list(FILM_COLUMNS)
+    assert release.films["patient"].is_unique
     for i, (path, label) in enumerate(zip(release.films["path"], release.films["labels"], strict=True)):
         image = cv2.imread(path, cv2.IMREAD_UNCHANGED)
         assert image.shape == (32, 32) and image.dtype == np.uint8 and int(label) == data.target[i]
         blocks = image.reshape(8, 4, 8, 4)
-        assert (blocks == blocks[:, :1, :, :1]).all() and (
-            np.round(blocks[:, 0, :, 0] * (16 / 255)) == data.images[i]
-        ).all()
+        assert (blocks == blocks[:, :1, :, :1]).all()
+        assert (np.round(blocks[:, 0, :, 0] * (16 / 255)) == data.images[i]).all()
     assert (data.images.max(), data.images.min()) == (16, 0)
 
 
@@ -134,28 +130,16 @@ def test_damaged_folders(tmp_path, root):
 
 
 def test_open_data_writes_the_digits_only_without_a_data_root(tmp_path, root):
-    common = {
-        "release": "digits",
-        "folder": tmp_path,
-        "store_folder": tmp_path / "store",
-        "store_size": 37,
-        "validation_fraction": 0.1,
-    }
-    study = SimpleNamespace(**common, data_root="", release_folder=tmp_path / "release", skip_bad_films=False)
+    common = {"release": "digits", "folder": tmp_path, "store_folder": tmp_path / "store", "store_size": 37}
+    common |= {"validation_fraction": 0.1, "skip_bad_films": False}
+    study = SimpleNamespace(**common, data_root="", release_folder=tmp_path / "release")
     release, store = open_data(study)
-    assert (
-        release.films.equals(store.films)
-        and store.images.shape == (1797, 37, 37)
-        and (tmp_path / "release" / "digits.json").exists()
-    )
+    assert release.films.equals(store.films) and store.images.shape == (1797, 37, 37)
+    assert (tmp_path / "release" / "digits.json").exists()
     for row in (0, 900, 1796):
-        assert (
-            store.images[row]
-            == cv2.resize(cv2.imread(release.films["path"][row], 0), (37, 37), interpolation=cv2.INTER_LINEAR)
-        ).all()
-    study = SimpleNamespace(
-        **common, data_root=str(tmp_path / "elsewhere"), release_folder=tmp_path / "elsewhere", skip_bad_films=False
-    )
+        image = cv2.imread(release.films["path"][row], 0)
+        assert (store.images[row] == cv2.resize(image, (37, 37), interpolation=cv2.INTER_LINEAR)).all()
+    elsewhere = tmp_path / "elsewhere"
     with pytest.raises(ReleaseError, match="elsewhere is not a folder"):
-        open_data(study)
-    assert not (tmp_path / "elsewhere").exists()
+        open_data(SimpleNamespace(**common, data_root=str(elsewhere), release_folder=elsewhere))
+    assert not elsewhere.exists()

@@ -5,17 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib.data import release as data
 from lib.data.nih import read_names, read_release
-from lib.data.release import (
-    BOX_COLUMNS,
-    CLASSES,
-    FILM_COLUMNS,
-    FINDINGS,
-    ReleaseError,
-    film_boxes,
-    task_boxes,
-    task_targets,
-)
+from lib.data.release import BOX_COLUMNS, CLASSES, FINDINGS, ReleaseError, film_boxes, task_boxes, task_targets
 
 ENTRY_2017 = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -35,17 +27,9 @@ def image_of(line: str) -> str:
 
 # Patients 1 to 8 are train_val (16 films), 9 and 10 test (4 films).
 LABELS = [
-    "Infiltration",
-    "No Finding",
-    "Effusion|Mass",
-    "No Finding",
-    "Mass",
-    "Effusion",
-    "No Finding",
-    "Infiltration|Effusion",
-    "Nodule",
-    "Mass",
-]
+    "Infiltration", "No Finding", "Effusion|Mass", "No Finding", "Mass", "Effusion", "No Finding",
+    "Infiltration|Effusion", "Nodule", "Mass",
+]  # fmt: skip
 ENTRIES = [entry(patient, visit, LABELS[(patient + visit) % 10]) for patient in range(1, 11) for visit in range(2)]
 TRAIN_VAL = [image_of(line) for line in ENTRIES[:16]]
 TEST = [image_of(line) for line in ENTRIES[16:]]
@@ -93,7 +77,7 @@ def kinds(release) -> set[str]:
 def test_a_sound_release(tmp_path):
     release = read_release(write(tmp_path / "r"))
     films = release.films
-    assert list(films.columns) == list(FILM_COLUMNS)
+    assert list(films.columns) == list(data.FILM_COLUMNS)
     assert list(release.boxes.columns) == list(BOX_COLUMNS)
     assert list(films["image"]) == [image_of(line) for line in ENTRIES]
     assert isinstance(films.index, pd.RangeIndex) and len(films) == 20
@@ -108,9 +92,8 @@ def test_a_sound_release(tmp_path):
 
 
 def test_classes_are_alphabetical():
-    assert (
-        list(CLASSES) == sorted(CLASSES) and len(CLASSES) == 15 and CLASSES[10] == "No Finding" and len(FINDINGS) == 14
-    )
+    assert list(CLASSES) == sorted(CLASSES) and len(CLASSES) == 15 and CLASSES[10] == "No Finding"
+    assert len(FINDINGS) == 14
 
 
 def test_targets_against_a_loop(tmp_path):
@@ -134,9 +117,8 @@ def test_targets_against_a_loop(tmp_path):
 def test_both_generations_line_ends_and_byte_order_marks(tmp_path, header, age, end, mark):
     tail = "," if header.endswith(",") else ""
     entries = [line.replace(",58,", f",{age},") + tail for line in ENTRIES]
-    release = read_release(
-        write(tmp_path / "r", entries=entries, header=header, end=end, mark=mark, name="Data_Entry_2017_v2020.csv")
-    )
+    files = {"entries": entries, "header": header, "end": end, "mark": mark, "name": "Data_Entry_2017_v2020.csv"}
+    release = read_release(write(tmp_path / "r", **files))
     assert (release.films["age"] == 58).all() and len(release.boxes) == 2 and (release.films["view"] == "PA").all()
 
 
@@ -151,11 +133,8 @@ def test_ages_in_other_units_and_impossible_ones(tmp_path):
 
 def test_numbered_folders(tmp_path):
     release = read_release(write(tmp_path / "r", films=[image_of(line) for line in ENTRIES]))
-    assert {Path(path).parent.parent.name for path in release.films["path"]} == {
-        "images_001",
-        "images_002",
-        "images_003",
-    }
+    folders = {Path(path).parent.parent.name for path in release.films["path"]}
+    assert folders == {"images_001", "images_002", "images_003"}
 
 
 def test_a_film_in_two_folders_is_taken_from_the_first(tmp_path):
@@ -169,11 +148,8 @@ def test_a_film_in_two_folders_is_taken_from_the_first(tmp_path):
 
 def test_no_box_list_is_noted(tmp_path):
     release = read_release(write(tmp_path / "r", boxes=None))
-    assert (
-        len(release.boxes) == 0
-        and list(release.boxes.columns) == list(BOX_COLUMNS)
-        and release.boxes["x1"].dtype == float
-    )
+    assert len(release.boxes) == 0 and list(release.boxes.columns) == list(BOX_COLUMNS)
+    assert release.boxes["x1"].dtype == float
     assert "no boxes" in kinds(release)
     assert len(film_boxes(release.boxes, 224)) == 0 and len(task_boxes(release.boxes, "binary")) == 0
 
@@ -257,10 +233,8 @@ def test_missing_films(tmp_path):
     release = read_release(root, on_missing="skip")
     assert len(release.films) == 17 and not set(gone) & set(release.films["image"])
     assert release.problems.query("kind == 'film missing'")["item"].tolist() == gone
-    assert (
-        release.problems.query("kind == 'box left out'")["item"].tolist() == ["00000009_000.png"]
-        and len(release.boxes) == 1
-    )
+    assert release.problems.query("kind == 'box left out'")["item"].tolist() == ["00000009_000.png"]
+    assert len(release.boxes) == 1
 
 
 def test_all_films_missing_leaves_no_split(tmp_path):
@@ -280,10 +254,8 @@ def test_a_listed_film_without_a_row(tmp_path):
 
 def test_a_film_in_no_list_is_left_out(tmp_path):
     release = read_release(write(tmp_path / "r", train_val=TRAIN_VAL[1:]))
-    assert (
-        len(release.films) == 19
-        and release.problems.query("kind == 'film in no list'")["item"].tolist() == TRAIN_VAL[:1]
-    )
+    assert len(release.films) == 19
+    assert release.problems.query("kind == 'film in no list'")["item"].tolist() == TRAIN_VAL[:1]
 
 
 @pytest.mark.parametrize("file", ["train_val_list.txt", "test_list.txt", "Data_Entry_2017.csv"])
@@ -379,17 +351,11 @@ def test_lists(tmp_path):
 
 def test_a_list_of_names_with_labels_behind_them(tmp_path):
     path = tmp_path / "train_list.txt"
-    path.write_bytes(
-        "\ufeff00000001_000.png 0 1 0\r\n\r\n "
-        "images/00000002_001.png\t1\r\na-b.dcm,1,0\r\n00000001_000.png\r\n".encode()
-    )
+    rows = ["\ufeff00000001_000.png 0 1 0", "", " images/00000002_001.png\t1", "a-b.dcm,1,0", "00000001_000.png", ""]
+    path.write_bytes("\r\n".join(rows).encode())
     assert read_names(str(path), ["a-b.dcm"]) == {"00000001_000.png", "00000002_001.png", "a-b.dcm"}
-    with pytest.raises(
-        ReleaseError,
-        match=(
-            "train_list.txt names no film of this release; it begins with '00000001_000.png', the release has 'b.png'"
-        ),
-    ):
+    message = "names no film of this release; it begins with '00000001_000.png', the release has 'b.png'"
+    with pytest.raises(ReleaseError, match=f"train_list.txt {message}"):
         read_names(path, ["c.png", "b.png"])
     for content, message in (
         (b"a.png 1\n,1\n", "train_list.txt: row 2 does not begin with a film name"),
@@ -426,21 +392,16 @@ def test_wrong_boxes(tmp_path, line, message):
 
 
 def test_boxes_that_are_repaired(tmp_path):
-    boxes = [
-        "00000009_000.png,Mass,1000,-10,100,30,,,",
-        "00000009_000.png,Mass,5,5,9,9",
-        "00000009_000.png,Mass,5,5,9,9",
-        "00009999_000.png,Mass,5,5,9,9",
-    ]
+    inside = "00000009_000.png,Mass,5,5,9,9"
+    boxes = ["00000009_000.png,Mass,1000,-10,100,30,,,", inside, inside, "00009999_000.png,Mass,5,5,9,9"]
     release = read_release(write(tmp_path / "r", boxes=boxes), on_missing="skip")
     assert release.boxes[["x1", "y1", "x2", "y2"]].to_numpy().tolist() == [[1000, 0, 1024, 20], [5, 5, 14, 14]]
     assert {"box clipped", "box repeated", "box left out"} <= kinds(release)
 
 
 def test_a_box_without_its_label_is_noted(tmp_path):
-    assert "box without its label" in kinds(
-        read_release(write(tmp_path / "r", boxes=["00000010_000.png,Hernia,1,1,5,5"]))
-    )
+    root = write(tmp_path / "r", boxes=["00000010_000.png,Hernia,1,1,5,5"])
+    assert "box without its label" in kinds(read_release(root))
 
 
 def test_a_box_list_that_is_none(tmp_path):
@@ -459,11 +420,8 @@ def test_classes_without_positives_are_noted(tmp_path):
     release = read_release(write(tmp_path / "r"))
     notes = release.problems.query("kind == 'class without positives'")
     for split in ("train", "val", "test"):
-        absent = {
-            name
-            for name, n in zip(CLASSES, release.targets[release.films["split"] == split].sum(0), strict=True)
-            if n == 0
-        }
+        positives = release.targets[release.films["split"] == split].sum(0)
+        absent = {name for name, n in zip(CLASSES, positives, strict=True) if n == 0}
         assert set(notes["item"][notes["detail"].str.contains(split)]) == absent
 
 
@@ -487,12 +445,8 @@ def test_tasks():
     fourteen, names = task_targets(targets, "multilabel", no_finding=False)
     assert names == list(FINDINGS) and fourteen.shape == (15, 14) and (fourteen.sum(1) == (np.arange(15) != 10)).all()
     binary, names = task_targets(targets, "binary")
-    assert (
-        names == ["Unhealthy"]
-        and binary.shape == (15, 1)
-        and binary.dtype == np.uint8
-        and (binary[:, 0] == (np.arange(15) != 10)).all()
-    )
+    assert names == ["Unhealthy"] and binary.shape == (15, 1) and binary.dtype == np.uint8
+    assert (binary[:, 0] == (np.arange(15) != 10)).all()
     with pytest.raises(ValueError, match="task is 'ternary'"):
         task_targets(targets, "ternary")
     with pytest.raises(ValueError, match="task is"):
@@ -502,10 +456,8 @@ def test_tasks():
 def test_boxes_of_tasks_and_film_sizes(tmp_path):
     boxes = read_release(write(tmp_path / "r")).boxes
     assert task_boxes(boxes, "multilabel").equals(boxes)
-    assert set(task_boxes(boxes, "binary")["class"]) == {"Unhealthy"} and boxes["class"].tolist() == [
-        "Mass",
-        "Infiltration",
-    ]
+    assert set(task_boxes(boxes, "binary")["class"]) == {"Unhealthy"}
+    assert boxes["class"].tolist() == ["Mass", "Infiltration"]
     assert film_boxes(boxes, 1024).equals(boxes)
     scaled = film_boxes(boxes, 224)
     assert scaled.iloc[1][["x1", "y1", "x2", "y2"]].tolist() == [0, 0, 224, 224]

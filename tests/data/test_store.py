@@ -17,7 +17,8 @@ import pytest
 
 from lib.data import open_data
 from lib.data import store as store_module
-from lib.data.release import BOX_COLUMNS, Release
+from lib.data.reading import box_frame
+from lib.data.release import Release, problem_frame
 from lib.data.store import StoreError, decode_film, open_store
 
 
@@ -39,9 +40,7 @@ def release_of(root: Path, files: dict[str, bytes]) -> Release:
     names = list(files)
     split = ["train" if i < 0.75 * len(names) else "test" for i in range(len(names))]
     films = pd.DataFrame({"image": names, "split": split, "path": [str(root / name) for name in names]})
-    return Release(
-        root, films, pd.DataFrame(columns=list(BOX_COLUMNS)), pd.DataFrame(columns=["kind", "item", "detail"])
-    )
+    return Release(root, films, box_frame([]), problem_frame([]))
 
 
 def films_of(n: int, size: int = 64) -> dict[str, bytes]:
@@ -106,26 +105,24 @@ def test_colour_and_transparency_become_grey():
     deep = grey.astype(np.uint16) * 257
     assert (decode_film(png(np.dstack([deep, deep, deep, deep])), 64) == grey).all()
     blue, green, red = film(4), film(5), film(6)
-    assert (
-        np.abs(decode_film(png(np.dstack([blue, green, red])), 64) - (0.114 * blue + 0.587 * green + 0.299 * red)).max()
-        <= 1
-    )
+    out = decode_film(png(np.dstack([blue, green, red])), 64)
+    assert np.abs(out - (0.114 * blue + 0.587 * green + 0.299 * red)).max() <= 1
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def png_of(header: bytes, *middle: bytes) -> bytes:
+    """A PNG file of 64 x 64 pixels from its chunks; `header` is the end of IHDR."""
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">II", 64, 64) + header)
+    return start + b"".join(middle) + chunk(b"IEND", b"")
+
+
 def test_a_palette_and_one_bit_are_read():
-    rows = b"".join(b"\0" + bytes([0b10101010] * 8) for _ in range(64))
+    rows = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + bytes([0b10101010] * 8) for _ in range(64))))
     for header, palette in ((b"\1\0\0\0\0", b""), (b"\1\3\0\0\0", chunk(b"PLTE", bytes([0, 0, 0, 255, 255, 255])))):
-        data = (
-            b"\x89PNG\r\n\x1a\n"
-            + chunk(b"IHDR", struct.pack(">II", 64, 64) + header)
-            + palette
-            + chunk(b"IDAT", zlib.compress(rows))
-        )
-        assert (decode_film(data + chunk(b"IEND", b""), 64) == np.tile([255, 0], (64, 32))).all()
+        assert (decode_film(png_of(header, palette, rows), 64) == np.tile([255, 0], (64, 32))).all()
 
 
 def damaged(data: bytes, at: int) -> bytes:
@@ -164,14 +161,8 @@ def test_the_suffix_says_what_a_film_must_be(suffix):
 
 def test_a_film_whose_pixels_end_early_behind_sound_checksums():
     rows = zlib.compress(b"".join(b"\0" + bytes(64) for _ in range(20)))  # 20 of 64 rows
-    data = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">II", 64, 64) + b"\x08\0\0\0\0")
-        + chunk(b"IDAT", rows)
-        + chunk(b"IEND", b"")
-    )
     with pytest.raises(ValueError, match="cannot be decoded"):
-        decode_film(data, 64)
+        decode_film(png_of(b"\x08\0\0\0\0", chunk(b"IDAT", rows)), 64)
 
 
 # ---- building and reusing
@@ -186,11 +177,8 @@ def test_build_and_reuse(tmp_path, decoded):
     assert store.films.equals(release.films) and store.size == 32 and store.unreadable == []
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["images.npy", "lock", "store.json"]
     assert store.rows("train").tolist() == list(range(53)) and store.rows("test").tolist() == list(range(53, 70))
-    assert (
-        store.rows("train").dtype == np.int64
-        and len(store.rows("val")) == 0
-        and store.rows("all").tolist() == list(range(70))
-    )
+    assert store.rows("train").dtype == np.int64 and len(store.rows("val")) == 0
+    assert store.rows("all").tolist() == list(range(70))
     with pytest.raises(ValueError, match="split is 'validation'"):
         store.rows("validation")
 
@@ -211,17 +199,13 @@ def test_a_changed_source_is_decoded_again(tmp_path, decoded):
     path = tmp_path / "r" / "00000003_000.png"
 
     path.write_bytes(png(film(99)))  # other pixels
-    changed = open_store(
-        release_of(tmp_path / "r", files | {path.name: path.read_bytes()}), tmp_path / "s", 32, workers=1
-    )
-    assert (changed.images[3] == decode_film(path.read_bytes(), 32)).all() and (
-        changed.images[2] == stores[0].images[2]
-    ).all()
-    assert (
-        stores[0].images[3] == decode_film(png(film(3)), 32)
-    ).all()  # the store opened before still shows what it was opened on
-
     files[path.name] = path.read_bytes()
+    changed = open_store(release_of(tmp_path / "r", files), tmp_path / "s", 32, workers=1)
+    assert (changed.images[3] == decode_film(path.read_bytes(), 32)).all()
+    assert (changed.images[2] == stores[0].images[2]).all()
+    # The store opened before still shows what it was opened on.
+    assert (stores[0].images[3] == decode_film(png(film(3)), 32)).all()
+
     os.utime(path, ns=(0, 5 * 10**9))  # only the time
     touched = open_store(release_of(tmp_path / "r", files), tmp_path / "s", 32, workers=1)
     turned = open_store(release_of(tmp_path / "r", dict(reversed(files.items()))), tmp_path / "s", 32, workers=1)
@@ -395,10 +379,8 @@ def test_of_two_at_once_one_builds_and_the_other_waits(tmp_path):
     release = release_of(tmp_path / "r", films_of(70))
     context = multiprocessing.get_context("fork")
     start, queue = context.Barrier(2), context.Queue()
-    processes = [
-        context.Process(target=build_and_count, args=(str(tmp_path / "r"), str(tmp_path / "s"), start, queue))
-        for _ in range(2)
-    ]
+    args = (str(tmp_path / "r"), str(tmp_path / "s"), start, queue)
+    processes = [context.Process(target=build_and_count, args=args) for _ in range(2)]
     for process in processes:
         process.start()
     results = [queue.get(timeout=30) for _ in processes]
@@ -450,9 +432,8 @@ def test_the_store_closes_the_gaps_of_unreadable_films(tmp_path, bad):
     store = open_store(release, tmp_path / "s", 32, workers=1, on_unreadable="skip")
     kept = [i for i in range(10) if i not in bad]
     assert store.films.index.tolist() == list(range(len(kept)))
-    assert store.films["image"].tolist() == [list(files)[i] for i in kept] and store.unreadable == [
-        list(files)[i] for i in bad
-    ]
+    assert store.films["image"].tolist() == [list(files)[i] for i in kept]
+    assert store.unreadable == [list(files)[i] for i in bad]
     assert all((store.images[row] == decode_film(png(film(i)), 32)).all() for row, i in enumerate(kept))
     assert [kept[row] for row in store.rows("train")] == [i for i in kept if i < 8]
     assert (tmp_path / "s" / "images.npy").stat().st_size == 128 + len(kept) * 32 * 32
@@ -560,11 +541,8 @@ def test_the_manifest_can_be_read(tmp_path):
     release = release_of(tmp_path / "r", films_of(2) | {"half.png": UNREADABLE["half.png"][0]})
     store = open_store(release, tmp_path / "s", 32, workers=1, on_unreadable="skip")
     manifest = json.loads((tmp_path / "s" / "store.json").read_text())
-    assert (
-        manifest["fingerprint"] == store.fingerprint
-        and manifest["films"] == 3
-        and manifest["unreadable"][0]["reason"] == "it is truncated"
-    )
+    assert manifest["fingerprint"] == store.fingerprint and manifest["films"] == 3
+    assert manifest["unreadable"][0]["reason"] == "it is truncated"
 
 
 def test_open_data_gives_a_release_whose_films_are_those_of_the_store(tmp_path):
@@ -574,35 +552,24 @@ def test_open_data_gives_a_release_whose_films_are_those_of_the_store(tmp_path):
     header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
     rows = [f"{name},Mass,0,{i},50,M,PA" for i, name in enumerate(names, 1)]
     (root / "Data_Entry_2017.csv").write_text("\n".join([header, *rows]))
-    (root / "BBox_List_2017.csv").write_text(
-        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n" + "".join(f"{n},Mass,1,1,9,9\n" for n in names)
-    )
+    boxes = ["Image Index,Finding Label,Bbox [x,y,w,h],,,", *(f"{name},Mass,1,1,9,9" for name in names)]
+    (root / "BBox_List_2017.csv").write_text("\n".join(boxes))
     (root / "train_val_list.txt").write_text("\n".join(names[:7]))
     (root / "test_list.txt").write_text("\n".join(names[7:]))
     for i, name in enumerate(names):
         if i != 2:
             (root / "images" / name).write_bytes(WHOLE[:100] if i in (0, 8) else png(film(i)))
-    study = SimpleNamespace(
-        release="nih",
-        release_folder=root,
-        store_folder=tmp_path / "s",
-        store_size=32,
-        validation_fraction=0.3,
-        skip_bad_films=True,
-    )
+    parameters = {"release": "nih", "store_size": 32, "validation_fraction": 0.3, "skip_bad_films": True}
+    study = SimpleNamespace(**parameters, release_folder=root, store_folder=tmp_path / "s")
     for _ in range(2):  # built, then reused
         release, store = open_data(study)
         assert release.films.equals(store.films) and len(store.images) == len(release.targets) == 7
         assert set(release.boxes["image"]) == set(release.films["image"]) == set(names) - {names[0], names[2], names[8]}
-        assert all(
-            (store.images[row] == decode_film(Path(path).read_bytes(), 32)).all()
-            for row, path in enumerate(release.films["path"])
-        )
+        for pixels, path in zip(store.images, release.films["path"], strict=True):
+            assert (pixels == decode_film(Path(path).read_bytes(), 32)).all()
         left_out = release.problems[release.problems["kind"].isin(["film missing", "film left out"])]
-        assert (
-            left_out["item"].tolist() == [names[2], names[0], names[8]]
-            and left_out["detail"].tolist()[1:] == ["unreadable"] * 2
-        )
+        assert left_out["item"].tolist() == [names[2], names[0], names[8]]
+        assert left_out["detail"].tolist()[1:] == ["unreadable"] * 2
     study.skip_bad_films = False
     with pytest.raises(ValueError, match="1 of 10 films are missing"):
         open_data(study)
@@ -615,8 +582,5 @@ def test_the_real_sample(tmp_path):
     release = read_release(os.environ["NIH_SAMPLE"])
     store = open_store(release, tmp_path / "s", 256, workers=2)
     assert store.images.shape == (529, 256, 256) and store.unreadable == []
-    row = 17
-    direct = cv2.resize(
-        cv2.imread(release.films["path"][row], cv2.IMREAD_GRAYSCALE), (256, 256), interpolation=cv2.INTER_AREA
-    )
-    assert (store.images[row] == direct).all()
+    grey = cv2.imread(release.films["path"][17], cv2.IMREAD_GRAYSCALE)
+    assert (store.images[17] == cv2.resize(grey, (256, 256), interpolation=cv2.INTER_AREA)).all()

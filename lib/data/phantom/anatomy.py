@@ -72,24 +72,17 @@ def film_anatomy(
     signs: dict[str, np.random.Generator],
 ) -> Anatomy:
     """The anatomy on one film: breath and projection vary from film to film; two findings are changes of shape."""
-    breath = rng.normal(0, 0.022) - (0.045 if view == "AP" else 0.0)
-    film = replace(
-        patient,
-        base=patient.base + breath,
-        dome=patient.dome * rng.uniform(0.9, 1.1),
-        ctr=patient.ctr * rng.uniform(0.97, 1.03) + (0.035 if view == "AP" else 0.0),
-    )
-    film = replace(film, ctr=min(film.ctr, 0.53))
+    lying = view == "AP"
+    base = patient.base + (rng.normal(0, 0.022) - (0.045 if lying else 0.0))
+    dome = patient.dome * rng.uniform(0.9, 1.1)
+    ctr = patient.ctr * rng.uniform(0.97, 1.03) + (0.035 if lying else 0.0)
+    film = replace(patient, base=base, dome=dome, ctr=min(ctr, 0.53))
     if "Cardiomegaly" in findings:
         film = replace(film, ctr=signs["Cardiomegaly"].uniform(0.64, 0.82))
     if "Emphysema" in findings:
         severity = signs["Emphysema"].uniform(0.5, 1.0)
-        film = replace(
-            film,
-            base=film.base + 0.06 + 0.05 * severity,
-            dome=0.025 - 0.015 * severity,
-            width=film.width * (1.02 + 0.03 * severity),
-        )
+        base, width = film.base + 0.06 + 0.05 * severity, film.width * (1.02 + 0.03 * severity)
+        film = replace(film, base=base, dome=0.025 - 0.015 * severity, width=width)
         if "Cardiomegaly" not in findings:
             film = replace(film, ctr=film.ctr * (0.86 - 0.1 * severity))
     return film
@@ -141,12 +134,12 @@ class Scene:
         canvas = np.zeros((self.size, self.size), np.uint8) if onto is None else onto
         width = thickness * self.size
         points = np.split(self._pixels(np.concatenate(lines)), np.cumsum([len(line) for line in lines[:-1]]))
-        cv2.polylines(
-            canvas, points, False, int(255 * value * min(1.0, width)), max(1, round(width)), cv2.LINE_AA, shift=4
-        )
+        grey = int(255 * value * min(1.0, width))
+        cv2.polylines(canvas, points, False, grey, max(1, round(width)), cv2.LINE_AA, shift=4)
         return canvas
 
     def blur(self, image: np.ndarray, sigma: float) -> np.ndarray:
+        """An image of any type behind a Gaussian of `sigma` film widths, of the same type."""
         return cv2.GaussianBlur(image, (0, 0), max(sigma * self.size, 0.3))
 
     def soft(self, mask: np.ndarray, sigma: float) -> np.ndarray:
@@ -165,28 +158,21 @@ class Scene:
     # shapes
 
     def base_of(self, side: int) -> float:
+        """The level of a lung's dome, y."""
         return self.anatomy.base + (self.anatomy.dome_gap if side == LEFT else 0.0)
 
     def _lung(self, side: int) -> np.ndarray:
         a, base = self.anatomy, self.base_of(side)
         w, angle, middle = a.width, base + a.dome, (a.apex + base) / 2
         wall = [
-            (0.045, a.apex + 0.07),
-            (0.075, a.apex + 0.012),
-            (0.125, a.apex),
-            (0.19, a.apex + 0.035),
-            (w * 0.78, a.apex + 0.13),
-            (w * 0.93, a.apex + 0.26),
-            (w, middle + 0.09),
-        ]
-        wall += [(w * 1.01, base + 0.01), (w * 0.99, angle)]
-        floor = [
+            (0.045, a.apex + 0.07), (0.075, a.apex + 0.012), (0.125, a.apex), (0.19, a.apex + 0.035),
+            (w * 0.78, a.apex + 0.13), (w * 0.93, a.apex + 0.26), (w, middle + 0.09), (w * 1.01, base + 0.01),
             (w * 0.99, angle),
-            (w * 0.85, base + 0.38 * a.dome),
-            (w * 0.58, base),
-            (w * 0.33, base + 0.16 * a.dome),
+        ]  # fmt: skip
+        floor = [
+            (w * 0.99, angle), (w * 0.85, base + 0.38 * a.dome), (w * 0.58, base), (w * 0.33, base + 0.16 * a.dome),
             (0.07, base + 0.5 * a.dome),
-        ]
+        ]  # fmt: skip
         inner = [(0.07, base + 0.5 * a.dome), (0.055, middle + 0.05), (0.05, middle - 0.1), (0.045, a.apex + 0.07)]
         return np.concatenate([curve(wall), curve(floor), curve(inner)]) * (side, 1)
 
@@ -199,24 +185,14 @@ class Scene:
         width = 2 * a.width * a.ctr
         r, apex, foot, high = 0.34 * width, 0.66 * width, a.base + 0.05, self.heart_top()
         points = [
-            (-0.04, high - 0.05),
-            (-0.052, high + 0.04),
-            (-0.9 * r, foot - 0.19),
-            (-r, foot - 0.11),
-            (-0.82 * r, foot - 0.02),
-            (0.0, foot + 0.02),
-        ]
-        points += [
-            (0.72 * apex, foot + 0.035),
-            (0.97 * apex, foot - 0.015),
-            (0.96 * apex, foot - 0.09),
-            (0.68 * apex, foot - 0.2),
-            (0.066, high + 0.04),
-            (0.04, high - 0.05),
-        ]
+            (-0.04, high - 0.05), (-0.052, high + 0.04), (-0.9 * r, foot - 0.19), (-r, foot - 0.11),
+            (-0.82 * r, foot - 0.02), (0.0, foot + 0.02), (0.72 * apex, foot + 0.035), (0.97 * apex, foot - 0.015),
+            (0.96 * apex, foot - 0.09), (0.68 * apex, foot - 0.2), (0.066, high + 0.04), (0.04, high - 0.05),
+        ]  # fmt: skip
         return curve(points, closed=True)
 
     def hilum(self, side: int) -> tuple[float, float]:
+        """The root of a lung's vessels, x and y."""
         a = self.anatomy
         return side * 0.085, a.apex + 0.47 * (a.base - a.apex) - (0.012 if side == LEFT else 0.0)
 
@@ -234,24 +210,18 @@ class Scene:
         return float(side * (near + rng.uniform(*across) * (far - near))), y
 
     def distance(self, x: float, y: float) -> np.ndarray:
+        """From the point (x, y), film widths, float32 (size, size)."""
         return np.hypot(self.x - x, self.y - y)
 
 
 def _body(s: Scene) -> np.ndarray:
     """Soft tissue, 0 outside the patient, thicker away from the skin."""
     a = s.anatomy
-    side = a.width + a.habitus
-    top = a.shoulder
+    side, top = a.width + a.habitus, a.shoulder
     shoulder = [
-        (0.12, -0.3),
-        (0.115, 0.0),
-        (0.14, 0.04 + top),
-        (0.27, 0.08 + top),
-        (0.40, 0.12 + top),
-        (0.5, 0.20 + top),
-        (0.58, 0.42),
-        (0.60, 0.6),
-    ]
+        (0.12, -0.3), (0.115, 0.0), (0.14, 0.04 + top), (0.27, 0.08 + top), (0.40, 0.12 + top), (0.5, 0.20 + top),
+        (0.58, 0.42), (0.60, 0.6),
+    ]  # fmt: skip
     flank = [(side + 0.07, 0.44), (side, 0.58), (side - 0.01, 0.78), (side + 0.02, 1.3)]
     right = np.concatenate([curve(shoulder), curve(flank)])
     mask = s.polygon(np.concatenate([right, right[::-1] * (-1, 1)]))
@@ -260,31 +230,29 @@ def _body(s: Scene) -> np.ndarray:
 
 
 def _bones(s: Scene) -> np.ndarray:
-    a = s.anatomy
-    sides = np.array([RIGHT, LEFT])[:, None, None]
+    a, sides = s.anatomy, np.array([[RIGHT], [LEFT]])
+
+    def both(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:  # lines (n, points) to the right, then to the left
+        return list(np.stack(np.broadcast_arrays(sides[:, None] * x, y), axis=-1).reshape(-1, x.shape[1], 2))
+
     t, rib = np.linspace(0, 1, 12), np.arange(10)[:, None]
     root = a.apex - 0.012 + rib * a.rib_gap
     wall = a.width * np.minimum(1.03, 0.52 + 0.17 * rib)
-    x, y = (
-        0.025 + t * (wall - 0.025),
-        root - 0.025 * np.sin(np.pi * t) + a.rib_drop * np.minimum(1.0, 0.35 + 0.2 * rib) * t**2.2,
-    )
-    posterior = np.stack(np.broadcast_arrays(sides * x, y), axis=-1).reshape(-1, len(t), 2)
+    drop = a.rib_drop * np.minimum(1.0, 0.35 + 0.2 * rib)
+    x, y = 0.025 + t * (wall - 0.025), root - 0.025 * np.sin(np.pi * t) + drop * t**2.2
+    posterior = both(x, y)
     x, y = wall - (wall - 0.13) * t, y[:, -1:] + 0.02 * np.sin(np.pi * t) + 0.11 * t**1.3
-    anterior = np.stack(np.broadcast_arrays(sides * x[:7], y[:7]), axis=-1).reshape(-1, len(t), 2)
-    ribs = s.strokes(
-        [*(posterior - (0, 0.0095)), *(posterior + (0, 0.0095))], 0.004, 1.0, s.strokes(list(posterior), 0.018, 0.6)
-    ).astype(np.float32)
-    front = s.strokes(list(anterior), 0.022).astype(np.float32)
+    anterior = both(x[:7], y[:7])
+    rims = [line + (0, shift) for shift in (-0.0095, 0.0095) for line in posterior]
+    ribs = s.strokes(rims, 0.004, 1.0, s.strokes(posterior, 0.018, 0.6)).astype(np.float32)
+    front = s.strokes(anterior, 0.022).astype(np.float32)
     level = a.apex + 0.075 + a.clavicle * np.array([0.35, 0.2, 0.0, -0.5, -0.9])
-    clavicle = curve(list(zip((0.03, 0.09, 0.16, 0.25, 0.34), level, strict=True)), per_segment=4)
+    clavicle = curve(list(zip((0.03, 0.09, 0.16, 0.25, 0.34), level)), per_segment=4)
     clavicles = [clavicle * (side, 1) for side in (RIGHT, LEFT)]
-    collar = s.strokes(
-        [c + (0, o) for c in clavicles for o in (-0.009, 0.009)], 0.005, 1.0, s.strokes(clavicles, 0.02, 0.7)
-    ).astype(np.float32)
-    blade = curve(
-        [(a.width * 0.80, a.apex + 0.08), (a.width * 0.93, 0.3), (a.width + 0.015, 0.42), (a.width + 0.09, 0.25)]
-    )
+    rims = [line + (0, shift) for line in clavicles for shift in (-0.009, 0.009)]
+    collar = s.strokes(rims, 0.005, 1.0, s.strokes(clavicles, 0.02, 0.7)).astype(np.float32)
+    w = a.width
+    blade = curve([(w * 0.80, a.apex + 0.08), (w * 0.93, 0.3), (w + 0.015, 0.42), (w + 0.09, 0.25)])
     scapulae = s.strokes([blade * (side, 1) for side in (RIGHT, LEFT)], 0.008).astype(np.float32)
     return s.blur(a.rib_density * (ribs + 0.4 * front) + 0.15 * collar + 0.07 * scapulae, 0.0022) / 255
 
@@ -307,11 +275,8 @@ def _vascular(s: Scene) -> np.ndarray:
     t = np.linspace(0, 1, steps)
 
     def walk(start: np.ndarray, angle: np.ndarray, reach: np.ndarray, bend: float) -> tuple[np.ndarray, np.ndarray]:
-        theta = (
-            angle[:, None]
-            + rng.normal(0, bend, (len(angle), 1)) * t
-            + 0.25 * bend * rng.standard_normal((len(angle), steps)).cumsum(axis=1)
-        )
+        theta = angle[:, None] + rng.normal(0, bend, (len(angle), 1)) * t
+        theta = theta + 0.25 * bend * rng.standard_normal((len(angle), steps)).cumsum(axis=1)
         step = np.stack([np.repeat(sides, len(angle) // len(sides), axis=0) * np.cos(theta), np.sin(theta)], axis=2)
         return start + np.cumsum(step, axis=1) * reach[:, None, None] / steps, theta
 
@@ -326,18 +291,16 @@ def _vascular(s: Scene) -> np.ndarray:
     s.strokes([*twig[:, 4:], *main[:, 6:]], 0.004, 0.5, tree)
     s.strokes([*twig[:, :5], *main[:, 3:7]], 0.006, 0.7, tree)
     s.strokes(list(main[:, :4]), 0.010, 0.9, tree)
-    hila = sum(
-        np.exp(-(((s.x - x) / 0.03) ** 2)) * np.exp(-(((s.y - y) / 0.06) ** 2)) for x, y in root[[0, -1], 0].tolist()
-    )
+    places = root[[0, -1], 0].tolist()
+    hila = sum(np.exp(-(((s.x - x) / 0.03) ** 2)) * np.exp(-(((s.y - y) / 0.06) ** 2)) for x, y in places)
     return s.blur(tree, 0.0022).astype(np.float32) / 255 + 0.8 * hila
 
 
 def compose(s: Scene, rng: np.random.Generator) -> np.ndarray:
     """The sum of attenuations, about 0 (open air) to 1.1 (abdomen)."""
     a, air = s.anatomy, s.air
-    mediastinum = s.polygon(
-        curve([(-0.05, -0.1), (-0.055, 0.3), (-0.06, 0.6), (0.05, 0.6), (0.055, 0.3), (0.05, -0.1)], closed=True)
-    )
+    outline = [(-0.05, -0.1), (-0.055, 0.3), (-0.06, 0.6), (0.05, 0.6), (0.055, 0.3), (0.05, -0.1)]
+    mediastinum = s.polygon(curve(outline, closed=True))
     arch = np.hypot(s.x - 0.045, (s.y - a.apex - 0.36 * (a.base - a.apex) + 0.03) / 1.25) < a.knob
     centre = s.soft(s.heart | mediastinum | arch, 0.007)
     body = _body(s)
@@ -347,18 +310,16 @@ def compose(s: Scene, rng: np.random.Generator) -> np.ndarray:
     # uneven soft tissue.
     depth = LUNG_DEPTH * rng.uniform(0.82, 1.1) * (1 + float(np.clip(rng.normal(0, 0.13), -0.3, 0.3)) * np.sign(s.x))
     density = 0.68 * body + 0.20 * belly + centre * (0.22 + 0.75 * depth * aerated) - depth * aerated
-    density += body * (
-        0.04 * s.noise(rng, 0.25) + rng.normal(0, 0.06) * s.x / 0.4 + rng.normal(0, 0.06) * (s.y - 0.5) / 0.4
-    )
+    uneven = 0.04 * s.noise(rng, 0.25) + rng.normal(0, 0.06) * s.x / 0.4 + rng.normal(0, 0.06) * (s.y - 0.5) / 0.4
+    density += body * uneven
     if rng.random() < 0.75:  # the gastric bubble, over a fluid level
         x, y, radius = rng.uniform(0.1, 0.2), s.base_of(LEFT) + rng.uniform(0.05, 0.075), rng.uniform(0.03, 0.055)
         gas = s.soft((np.hypot((s.x - x) / 1.5, s.y - y) < radius) & (s.y < y + 0.4 * radius), 0.006)
         density -= rng.uniform(0.15, 0.35) * gas * (1 - air)
     for side in (RIGHT, LEFT) if a.breast else ():
-        r2 = ((s.x - side * a.width * 0.62) / (0.15 + 0.04 * a.breast)) ** 2 + (
-            (s.y - a.base + 0.05) / (0.11 + 0.05 * a.breast)
-        ) ** 2
-        density += (0.05 + 0.07 * a.breast) * np.sqrt(np.clip(1 - r2, 0, 1))
+        across = (s.x - side * a.width * 0.62) / (0.15 + 0.04 * a.breast)
+        down = (s.y - a.base + 0.05) / (0.11 + 0.05 * a.breast)
+        density += (0.05 + 0.07 * a.breast) * np.sqrt(np.clip(1 - (across**2 + down**2), 0, 1))
     density += (_bones(s) + _spine(s)) * np.minimum(2 * body, 1)
     density += rng.uniform(0.14, 0.28) * _vascular(s) * s.vessels * air * (1 - 0.7 * s.fill) * (1 - 0.5 * centre)
     return (density + s.extra).astype(np.float32)
@@ -372,10 +333,9 @@ def expose(
     matrix = cv2.getRotationMatrix2D((size / 2, size / 2), np.clip(rng.normal(0, 4.5), -9, 9), rng.uniform(0.8, 1.1))
     matrix[:, 2] += np.clip(rng.normal(0, 0.05, 2), -0.08, 0.08) * size
     density = cv2.warpAffine(density, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    masks = {
-        name: cv2.warpAffine(mask.astype(np.uint8), matrix, (size, size), flags=cv2.INTER_NEAREST).astype(bool)
-        for name, mask in masks.items()
-    }
+    moved = {}
+    for name, mask in masks.items():
+        moved[name] = cv2.warpAffine(mask.astype(np.uint8), matrix, (size, size), flags=cv2.INTER_NEAREST).astype(bool)
     low, high, gamma = rng.uniform(-0.08, 0.04), rng.uniform(1.05, 1.24), rng.uniform(0.75, 1.2)
     film = cv2.pow(np.clip((density - low) / (high - low), 0, 1.05), gamma) * rng.uniform(215, 245)
     film *= 1 + rng.normal(0, 0.05) * np.linspace(-1, 1, size, dtype=np.float32)[None, :]
@@ -387,7 +347,7 @@ def expose(
         letter, x = ("L", rng.uniform(0.88, 0.95)) if rng.random() < 0.75 else ("R", 0.04)
         at = int(size * x), int(size * rng.uniform(0.05, 0.14))
         cv2.putText(film, letter, at, cv2.FONT_HERSHEY_SIMPLEX, size / 600, 250, max(1, size // 160), cv2.LINE_AA)
-    return film, masks
+    return film, moved
 
 
 def burn_marker(film: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -404,15 +364,10 @@ def burn_marker(film: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
     film : uint8 (size, size), the same outside the letter
     mask : bool (size, size), the letter, 10 % of the film high
     """
-    size, tall, side = (
-        len(film),
-        350,
-        640,
-    )  # the letter is drawn large on a tile of 0.18 of the film, then averaged down
-    tile = np.zeros((side, side), np.uint8)
-    cv2.putText(
-        tile, "K", (150, 500), cv2.FONT_HERSHEY_SIMPLEX, tall / 21, 255, 80, cv2.LINE_AA
-    )  # the font is 21 high at scale 1
+    size = len(film)
+    # Drawn large, 350 of 640 high (the font is 21 high at scale 1), on a tile of 0.18 of the film; then averaged down.
+    tile = np.zeros((640, 640), np.uint8)
+    cv2.putText(tile, "K", (150, 500), cv2.FONT_HERSHEY_SIMPLEX, 350 / 21, 255, 80, cv2.LINE_AA)
     width = round(0.18 * size)
     weight = cv2.resize(tile, (width, width), interpolation=cv2.INTER_AREA) / 255
     weight[weight < 0.1] = 0

@@ -6,7 +6,6 @@ a bit for each of the 14 findings, one for the lungs, one for a burnt-in marker.
 """
 
 import io
-import os
 from pathlib import Path
 
 import cv2
@@ -14,67 +13,44 @@ import numpy as np
 import pandas as pd
 
 from lib.data.release import FINDINGS, NO_FINDING, ReleaseError
+from lib.locks import write_whole
 
 FOLDERS = {"nih": "images", "rsna": "stage_2_train_images"}  # where each layout keeps its films
 SUFFIXES = {"nih": ".png", "rsna": ".dcm"}
 LUNGS, MARKER = 14, 15  # bits of a mask file above those of the findings
-COLUMNS = [
-    "Image Index",
-    "Finding Labels",
-    "Follow-up #",
-    "Patient ID",
-    "Patient Age",
-    "Patient Gender",
-    "View Position",
-]
-COLUMNS += ["OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]"]
-DETECTORS = [
-    (2500, 2048, 0.168),
-    (2992, 2991, 0.143),
-    (2021, 2021, 0.194),
-    (3056, 2544, 0.139),
-]  # width, height, mm a pixel
-RSNA_LABELS, RSNA_INFO = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
-TABLES = (
-    "Data_Entry_2017.csv",
-    "BBox_List_2017.csv",
-    "train_val_list.txt",
-    "test_list.txt",
-    RSNA_LABELS,
-    RSNA_INFO,
-    "markers.csv",
+DETECTORS = ((2500, 2048, 0.168), (2992, 2991, 0.143), (2021, 2021, 0.194), (3056, 2544, 0.139))  # width, height, mm
+HEADER = (  # as released, two names in one each for the film's size and its spacing
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
 )
+RSNA_LABELS, RSNA_CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
+OPACITY, NORMAL, NEITHER = "Lung Opacity", "Normal", "No Lung Opacity / Not Normal"
+LISTS = ("train_val_list.txt", "test_list.txt")
+TABLES = ("Data_Entry_2017.csv", "BBox_List_2017.csv", *LISTS, RSNA_LABELS, RSNA_CLASSES, "markers.csv")
 # Any UID under 2.25 is free to use; fixed, so that bytes do not vary.
 _IMPLEMENTATION = "2.25.161803398874989484820458683436563811772"
 
 
-def write_file(path: Path, content: bytes) -> None:
-    # Not `records.atomic`: this package imports no other of `lib`, and a sync to the disk for each of thousands of
-    # small films would take long.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _write_lines(path: Path, lines: list[str]) -> None:
-    write_file(path, ("\n".join(lines) + "\n").encode())
+    write_whole(path, ("\n".join(lines) + "\n").encode())
 
 
 def _write_png(path: Path, image: np.ndarray) -> None:
-    write_file(path, cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 4])[1].tobytes())
+    write_whole(path, cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 4])[1].tobytes())
 
 
 def film_path(root: Path, layout: str, image: str) -> Path:
+    """Where a film lies; `image` is its name with or without suffix."""
     return root / FOLDERS[layout] / (Path(image).stem + SUFFIXES[layout])
 
 
 def write_film(root: Path, layout: str, film: tuple, pixels: np.ndarray) -> None:
-    """`film` is a row of the release's table of films, `pixels` uint8 (size, size)."""
+    """Write one film; `film` is a row of the release's table of films, `pixels` uint8 (size, size)."""
     path = film_path(root, layout, film.image)
     if layout == "nih":
         _write_png(path, pixels)
     else:
-        write_file(path, _dicom(film, pixels))
+        write_whole(path, _dicom(film, pixels))
 
 
 def _dicom(film: tuple, pixels: np.ndarray) -> bytes:
@@ -114,44 +90,45 @@ def _dicom(film: tuple, pixels: np.ndarray) -> bytes:
 def write_masks(
     root: Path, image: str, lesions: dict[str, np.ndarray], lungs: np.ndarray, marker: np.ndarray | None
 ) -> None:
-    bits = lungs.astype(np.uint16) << LUNGS
-    for name, mask in lesions.items():
-        bits |= mask.astype(np.uint16) << FINDINGS.index(name)
-    if marker is not None:
-        bits |= marker.astype(np.uint16) << MARKER
+    """Write a film's mask file; all masks are bool (size, size), `lesions` by finding."""
+    planes = [(LUNGS, lungs), *((FINDINGS.index(name), mask) for name, mask in lesions.items())]
+    planes += [] if marker is None else [(MARKER, marker)]
+    bits = np.bitwise_or.reduce([mask.astype(np.uint16) << bit for bit, mask in planes])
     _write_png(root / "masks" / f"{Path(image).stem}.png", bits)
 
 
 def read_masks(root: Path, image: str) -> np.ndarray:
-    """The bits of a film's mask file, uint16 (size, size); zero for a film without findings of a release that kept no
-    lungs."""
+    """The bits of a film's mask file, uint16 (size, size).
+
+    Raises
+    ------
+    FileNotFoundError
+        The phantom has no such film.
+    ReleaseError
+        The file is damaged.
+    """
     path = root / "masks" / f"{Path(image).stem}.png"
-    old_film = root / FOLDERS["nih"] / image
-    if not path.exists() and not old_film.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no film {image!r} in the phantom {root}")
-    source = path if path.exists() else old_film
-    bits = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
+    bits = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if bits is None:
-        raise ReleaseError(f"{source} is not a readable PNG: delete the folder {root} and write the phantom anew")
-    return bits if source == path else np.zeros(bits.shape, np.uint16)
+        raise ReleaseError(f"{path} is not a readable PNG: delete the folder {root} and write the phantom anew")
+    return bits
 
 
 def write_nih_tables(root: Path, films: pd.DataFrame, boxes: list[tuple]) -> None:
     """Data_Entry, the box list and the two lists. `boxes` are rows of film, finding, x, y, w, h."""
-    width, height, spacing = zip(*(DETECTORS[d] for d in films["detector"]), strict=True)
+    width, height, spacing = zip(*(DETECTORS[d] for d in films["detector"]))
     labels = ["|".join(findings) or NO_FINDING for findings in films["findings"]]
     person = [films[name] for name in ("follow_up", "patient", "age", "sex", "view")]
-    table = pd.DataFrame(
-        dict(zip(COLUMNS, [films["image"], labels, *person, width, height, spacing, spacing], strict=True))
-    )
-    # NIH's header splits two names at a comma, so joined by commas it reads as released.
-    rows = table.to_csv(index=False, header=False, lineterminator="\n").splitlines()
-    _write_lines(root / "Data_Entry_2017.csv", [",".join(COLUMNS), *rows])
+    columns = [films["image"], labels, *person, width, height, spacing, spacing]
+    rows = pd.DataFrame(dict(enumerate(columns))).to_csv(index=False, header=False, lineterminator="\n").splitlines()
+    _write_lines(root / "Data_Entry_2017.csv", [HEADER, *rows])
     named = [(image, "Infiltrate" if name == "Infiltration" else name, *box) for image, name, *box in boxes]
     rows = [",".join([image, name, *(f"{v:.6f}" for v in box)]) for image, name, *box in named]
     _write_lines(root / "BBox_List_2017.csv", ["Image Index,Finding Label,Bbox [x,y,w,h],,,", *rows])
-    for name, chosen in (("train_val_list.txt", ~films["test"]), ("test_list.txt", films["test"])):
-        _write_lines(root / name, list(films.loc[chosen, "image"]))
+    for name, test in zip(LISTS, (False, True)):
+        _write_lines(root / name, list(films.loc[films["test"] == test, "image"]))
 
 
 def write_rsna_tables(root: Path, films: pd.DataFrame, boxes: list[tuple]) -> None:
@@ -161,18 +138,16 @@ def write_rsna_tables(root: Path, films: pd.DataFrame, boxes: list[tuple]) -> No
         left, top = round(x), round(y)
         found.setdefault(image, []).append(f"{left}.0,{top}.0,{round(x + w) - left}.0,{round(y + h) - top}.0,1")
     labels, classes = ["patientId,x,y,width,height,Target"], ["patientId,class"]
-    for image, kind in zip(films["image"], films["kind"], strict=True):
-        rows = found[image] if kind == "Lung Opacity" else [",,,,0"]
+    for image, kind in zip(films["image"], films["kind"]):
+        rows = found[image] if kind == OPACITY else [",,,,0"]
         labels += [f"{image},{row}" for row in rows]
         classes += [f"{image},{kind}"] * len(rows)
     _write_lines(root / RSNA_LABELS, labels)
-    _write_lines(root / RSNA_INFO, classes)
+    _write_lines(root / RSNA_CLASSES, classes)
 
 
 def write_markers(root: Path, layout: str, films: pd.DataFrame) -> None:
     """Which film, by its file name, carries the marker."""
-    rows = [
-        f"{film_path(root, layout, image).name},{marked}"
-        for image, marked in zip(films["image"], films["marked"], strict=True)
-    ]
+    names = [film_path(root, layout, image).name for image in films["image"]]
+    rows = [f"{name},{marked}" for name, marked in zip(names, films["marked"])]
     _write_lines(root / "markers.csv", ["image,marked", *rows])

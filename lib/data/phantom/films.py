@@ -29,71 +29,30 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from lib.data.phantom import files
 from lib.data.phantom.anatomy import burn_marker, draw_anatomy
-from lib.data.phantom.files import (
-    DETECTORS,
-    FOLDERS,
-    LUNGS,
-    MARKER,
-    TABLES,
-    film_path,
-    read_masks,
-    write_file,
-    write_film,
-    write_markers,
-    write_masks,
-    write_nih_tables,
-    write_rsna_tables,
-)
-from lib.data.phantom.signs import SIGNS, render_film
-from lib.data.release import BOX_PIXELS, CLASSES, NO_FINDING, ReleaseError
+from lib.data.phantom.files import NEITHER, NORMAL, OPACITY
+from lib.data.phantom.signs import render_film
+from lib.data.release import BOX_PIXELS, CLASSES, FINDINGS, NO_FINDING, PNEUMONIA
+from lib.locks import write_whole
 
-FINDINGS = tuple(SIGNS)
 # Films of the 112,120 that carry no finding, exactly this finding, exactly this pair, this finding at all, and this
 # many findings.
-NORMAL = 60361
+HEALTHY = 60361
 SINGLE = {
-    "Infiltration": 9547,
-    "Atelectasis": 4215,
-    "Effusion": 3955,
-    "Nodule": 2705,
-    "Pneumothorax": 2194,
-    "Mass": 2139,
-    "Consolidation": 1310,
-}
-SINGLE |= {
-    "Pleural_Thickening": 1126,
-    "Cardiomegaly": 1093,
-    "Emphysema": 892,
-    "Fibrosis": 727,
-    "Edema": 628,
-    "Pneumonia": 322,
-    "Hernia": 110,
-}
+    "Infiltration": 9547, "Atelectasis": 4215, "Effusion": 3955, "Nodule": 2705, "Pneumothorax": 2194, "Mass": 2139,
+    "Consolidation": 1310, "Pleural_Thickening": 1126, "Cardiomegaly": 1093, "Emphysema": 892, "Fibrosis": 727,
+    "Edema": 628, "Pneumonia": 322, "Hernia": 110,
+}  # fmt: skip
 PAIRS = {
-    ("Effusion", "Infiltration"): 1603,
-    ("Atelectasis", "Infiltration"): 1350,
-    ("Atelectasis", "Effusion"): 1165,
+    ("Effusion", "Infiltration"): 1603, ("Atelectasis", "Infiltration"): 1350, ("Atelectasis", "Effusion"): 1165,
     ("Infiltration", "Nodule"): 829,
-}
+}  # fmt: skip
 TOTAL = {
-    "Atelectasis": 11559,
-    "Cardiomegaly": 2776,
-    "Consolidation": 4667,
-    "Edema": 2303,
-    "Effusion": 13317,
-    "Emphysema": 2516,
-    "Fibrosis": 1686,
-    "Hernia": 227,
-}
-TOTAL |= {
-    "Infiltration": 19894,
-    "Mass": 5782,
-    "Nodule": 6331,
-    "Pleural_Thickening": 3385,
-    "Pneumonia": 1431,
-    "Pneumothorax": 5302,
-}
+    "Atelectasis": 11559, "Cardiomegaly": 2776, "Consolidation": 4667, "Edema": 2303, "Effusion": 13317,
+    "Emphysema": 2516, "Fibrosis": 1686, "Hernia": 227, "Infiltration": 19894, "Mass": 5782, "Nodule": 6331,
+    "Pleural_Thickening": 3385, "Pneumonia": 1431, "Pneumothorax": 5302,
+}  # fmt: skip
 SIZES = {2: 14306, 3: 4856, 4: 1247, 5: 387}
 
 BOXED = {"Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax"}
@@ -102,7 +61,7 @@ STAY = 0.3  # a follow-up film repeats the label set of the film before it
 FLOOR = 0.035
 TRAIN_SHARE = 0.7
 # RSNA: patients of each class (target 1 is Lung Opacity), and positive patients with this many boxes, 9,555 together.
-RSNA_CLASSES = {"Lung Opacity": 6012, "Normal": 8851, "No Lung Opacity / Not Normal": 11821}
+RSNA_CLASSES = {OPACITY: 6012, NORMAL: 8851, NEITHER: 11821}
 RSNA_BOXES = {1: 2614, 2: 3266, 3: 119, 4: 13}
 MARKED, MARKED_OTHERS = 0.9, 0.02  # shares of films with a marker: of the class it is planted in, of the rest
 
@@ -116,18 +75,14 @@ def label_sets() -> tuple[list[tuple[str, ...]], np.ndarray]:
     sets : list of tuples of findings in alphabetical order; the empty tuple is No Finding
     probability : float64 (len(sets),), sums to 1
     """
-    exact = {(): NORMAL} | {(name,): count for name, count in SINGLE.items()} | PAIRS
+    exact = {(): HEALTHY} | {(name,): count for name, count in SINGLE.items()} | PAIRS
     modelled = [subset for k in SIZES for subset in combinations(FINDINGS, k) if subset not in PAIRS]
     member = np.array([[name in subset for name in FINDINGS] for subset in modelled])
     size = member.sum(axis=1)
     films = {k: count - (sum(PAIRS.values()) if k == 2 else 0) for k, count in SIZES.items()}
-    total = np.array(
-        [TOTAL[name] - SINGLE[name] - sum(count for pair, count in PAIRS.items() if name in pair) for name in FINDINGS],
-        dtype=np.float64,
-    )
-    total *= (
-        sum(k * count for k, count in films.items()) / total.sum()
-    )  # pooling five and more loses 0.3 % of the labels
+    paired = {name: sum(count for pair, count in PAIRS.items() if name in pair) for name in FINDINGS}
+    total = np.array([TOTAL[name] - SINGLE[name] - paired[name] for name in FINDINGS], np.float64)
+    total *= sum(k * n for k, n in films.items()) / total.sum()  # pooling five and more loses 0.3 % of the labels
     weight = total / total.sum()
     for _ in range(200):
         expected = np.exp(member @ np.log(weight))
@@ -138,6 +93,16 @@ def label_sets() -> tuple[list[tuple[str, ...]], np.ndarray]:
     return list(exact) + modelled, counts / counts.sum()
 
 
+def _draw_person(rng: np.random.Generator) -> tuple[int, str]:
+    """Age in years and sex."""
+    return int(np.clip(rng.normal(47, 17), 5, 94)), "MF"[int(rng.random() < 0.435)]
+
+
+def _draw_view(rng: np.random.Generator) -> tuple[str, int]:
+    """View and detector of a film."""
+    return "PA" if rng.random() < 0.6 else "AP", int(rng.integers(len(files.DETECTORS)))
+
+
 def _draw_films(n_films: int, rng: np.random.Generator) -> pd.DataFrame:
     """Patients, their films, splits and label sets: one row a film, in the order of the release."""
     sets, probability = label_sets()
@@ -146,27 +111,14 @@ def _draw_films(n_films: int, rng: np.random.Generator) -> pd.DataFrame:
     while len(rows) < n_films:
         patient += 1
         n = int(min(rng.geometric(1 / FILMS_PER_PATIENT), 20, n_films - len(rows)))
-        age, sex, chosen = int(np.clip(rng.normal(47, 17), 5, 94)), "MF"[int(rng.random() < 0.435)], -1
+        age, sex = _draw_person(rng)
         for follow_up in range(n):
-            chosen = (
-                chosen
-                if follow_up and rng.random() < STAY
-                else int(np.searchsorted(cumulative, rng.random() * cumulative[-1]))
-            )
-            age = min(age + int(rng.random() < 0.25), 95)
-            rows.append(
-                (
-                    f"{patient:08d}_{follow_up:03d}.png",
-                    sets[chosen],
-                    follow_up,
-                    patient,
-                    age,
-                    sex,
-                    "PA" if rng.random() < 0.6 else "AP",
-                    int(rng.integers(len(DETECTORS))),
-                )
-            )
-    films = pd.DataFrame(rows, columns=["image", "findings", "follow_up", "patient", "age", "sex", "view", "detector"])
+            if not follow_up or rng.random() >= STAY:
+                chosen = int(np.searchsorted(cumulative, rng.random() * cumulative[-1]))
+            age, image = min(age + int(rng.random() < 0.25), 95), f"{patient:08d}_{follow_up:03d}.png"
+            view, detector = _draw_view(rng)
+            rows.append((image, sets[chosen], follow_up, patient, age, sex, view, detector))
+    films = pd.DataFrame(rows, columns="image findings follow_up patient age sex view detector".split())
     order = rng.permutation(patient) + 1
     held = films["patient"].value_counts().reindex(order).cumsum()
     test = set(held.index[held.to_numpy() > TRAIN_SHARE * n_films]) or {order[-1]}
@@ -195,42 +147,26 @@ def _draw_rsna(n_films: int, seed: int, rng: np.random.Generator) -> pd.DataFram
     """One film a patient, in RSNA's shares to the film: `kind` is its class, `foci` the number of segments that
     Pneumonia takes."""
     sets, probability = label_sets()
-    opaque, normal = np.array(["Pneumonia" in subset for subset in sets]), np.array([not subset for subset in sets])
-    draws = {"Lung Opacity": opaque, "Normal": normal, "No Lung Opacity / Not Normal": ~opaque & ~normal}
+    opaque, normal = np.array([PNEUMONIA in subset for subset in sets]), np.array([not subset for subset in sets])
+    draws = {OPACITY: opaque, NORMAL: normal, NEITHER: ~opaque & ~normal}
     shares = np.cumsum(list(RSNA_CLASSES.values())) / sum(RSNA_CLASSES.values())
     kinds = rng.permutation(np.array(list(RSNA_CLASSES))[np.searchsorted(shares, (np.arange(n_films) + 0.5) / n_films)])
     boxes = np.array(list(RSNA_BOXES.values())) / sum(RSNA_BOXES.values())
     rows = []
     for patient, kind in enumerate(kinds, start=1):
-        conditional = probability * draws[kind]
-        rows.append(
-            (
-                str(uuid.uuid5(uuid.NAMESPACE_OID, f"phantom {seed} {patient}")),
-                sets[rng.choice(len(sets), p=conditional / conditional.sum())],
-                str(kind),
-                int(rng.choice(list(RSNA_BOXES), p=boxes)) if kind == "Lung Opacity" else 1,
-                patient,
-                int(np.clip(rng.normal(47, 17), 5, 94)),
-                "MF"[int(rng.random() < 0.435)],
-                "PA" if rng.random() < 0.6 else "AP",
-                int(rng.integers(len(DETECTORS))),
-            )
-        )
-    films = pd.DataFrame(
-        rows, columns=["image", "findings", "kind", "foci", "patient", "age", "sex", "view", "detector"]
-    )
-    return films.assign(follow_up=0)
+        image, conditional = uuid.uuid5(uuid.NAMESPACE_OID, f"phantom {seed} {patient}"), probability * draws[kind]
+        findings = sets[rng.choice(len(sets), p=conditional / conditional.sum())]
+        foci = int(rng.choice(list(RSNA_BOXES), p=boxes)) if kind == OPACITY else 1
+        rows.append((str(image), findings, str(kind), foci, patient, 0, *_draw_person(rng), *_draw_view(rng)))
+    return pd.DataFrame(rows, columns="image findings kind foci patient follow_up age sex view detector".split())
 
 
 def _marked(films: pd.DataFrame, marker: str, seed: int) -> list[bool]:
     """Which films carry the marker that is planted in the class `marker`."""
-    chance = [
-        MARKED if marker == NO_FINDING and not found or marker in found else MARKED_OTHERS
-        for found in films["findings"]
-    ]
-    keys = zip(films["patient"], films["follow_up"], strict=True)
+    planted = [marker in (found or (NO_FINDING,)) for found in films["findings"]]
+    keys = zip(films["patient"], films["follow_up"])
     drawn = [np.random.default_rng((seed, patient, film, 98)).random() for patient, film in keys]
-    return [bool(marker) and one < share for one, share in zip(drawn, chance, strict=True)]
+    return [bool(marker) and one < (MARKED if here else MARKED_OTHERS) for one, here in zip(drawn, planted)]
 
 
 def _parts(mask: np.ndarray) -> list[np.ndarray]:
@@ -249,42 +185,36 @@ def _box(part: np.ndarray, rng: np.random.Generator) -> tuple[float, float, floa
     low = np.array([columns.min(), rows.min()], dtype=np.float64)
     high = np.array([columns.max(), rows.max()], dtype=np.float64) + 1
     slack = rng.normal(0.02, 0.02, (2, 2)) * (high - low)
-    low, high = (
-        np.clip(low - slack[0], 0, size) * BOX_PIXELS / size,
-        np.clip(high + slack[1], 0, size) * BOX_PIXELS / size,
-    )
+    low, high = np.clip(low - slack[0], 0, size), np.clip(high + slack[1], 0, size)
+    low, high = low * BOX_PIXELS / size, high * BOX_PIXELS / size
     return (*low, *(high - low))
 
 
-def _write_patient(
-    films: pd.DataFrame, root: Path, size: int, seed: int, layout: str
-) -> list[tuple[str, str, float, float, float, float]]:
+def _write_patient(films: pd.DataFrame, root: Path, size: int, seed: int, layout: str) -> list[tuple]:
     """Write the films of one patient that are not there yet, each mask before its film; return their boxes: film,
     finding, x, y, w, h."""
     cv2.setNumThreads(1)
-    first = films.iloc[0]
+    first, boxes = films.iloc[0], []
     anatomy = draw_anatomy(np.random.default_rng((seed, first.patient)), first.age, first.sex)
-    boxes = []
     for film in films.itertuples():
         key = (seed, film.patient, film.follow_up)
-        if not film_path(root, layout, film.image).exists():
-            findings = frozenset(film.findings)
-            pixels, lesions, lungs = render_film(
-                anatomy, view=film.view, findings=findings, size=size, key=key, foci=film.foci
-            )
+        if not files.film_path(root, layout, film.image).exists():
+            shown = {"view": film.view, "findings": frozenset(film.findings), "foci": film.foci}
+            pixels, lesions, lungs = render_film(anatomy, size=size, key=key, **shown)
             pixels, marker = burn_marker(pixels, np.random.default_rng((*key, 97))) if film.marked else (pixels, None)
-            write_masks(root, film.image, lesions, lungs, marker)
-            write_film(root, layout, film, pixels)
+            files.write_masks(root, film.image, lesions, lungs, marker)
+            files.write_film(root, layout, film, pixels)
         rng = np.random.default_rng((*key, 99))
-        if layout == "rsna" and film.kind == "Lung Opacity":
-            parts = _parts(read_lesion_masks(root, film.image)["Pneumonia"])
-            parts = [
-                part for part in parts if part.sum() >= 0.2 * parts[0].sum()
-            ]  # no reader boxes a speck beside an opacity
-            boxes += [(film.image, "Pneumonia", *_box(part, rng)) for part in parts]
+        if layout == "rsna" and film.kind == OPACITY:
+            parts = _parts(read_lesion_masks(root, film.image)[PNEUMONIA])
+            # No reader boxes a speck beside an opacity.
+            marked = [(PNEUMONIA, part) for part in parts if part.sum() >= 0.2 * parts[0].sum()]
         elif layout == "nih" and film.test:
-            lesions = {name: mask for name, mask in read_lesion_masks(root, film.image).items() if name in BOXED}
-            boxes += [(film.image, name, *_box(_parts(mask)[0], rng)) for name, mask in lesions.items()]
+            lesions = read_lesion_masks(root, film.image)
+            marked = [(name, _parts(mask)[0]) for name, mask in lesions.items() if name in BOXED]
+        else:
+            continue
+        boxes += [(film.image, name, *_box(part, rng)) for name, part in marked]
     return boxes
 
 
@@ -293,11 +223,7 @@ def _prepare(root: Path, parameters: dict) -> bool:
     finished, unfinished = root / "phantom.json", root / "phantom.unfinished.json"
     if finished.exists():
         found = json.loads(finished.read_text())
-        # Format 1 knew one layout, no marker and no lungs; its films and tables are those of today.
-        earlier = {"format": 1} | {
-            name: value for name, value in parameters.items() if name in ("n_films", "size", "seed", "floor")
-        }
-        if found != parameters and (found != earlier or parameters["layout"] != "nih" or parameters["marker"]):
+        if found != parameters:
             raise ValueError(
                 f"{root} already holds a phantom with {found}, not the {parameters} asked for: choose another "
                 "folder, or delete it"
@@ -305,17 +231,17 @@ def _prepare(root: Path, parameters: dict) -> bool:
         return True
     if unfinished.exists():
         if json.loads(unfinished.read_text()) != parameters:
-            for folder in ("masks", *FOLDERS.values()):
+            for folder in ("masks", *files.FOLDERS.values()):
                 shutil.rmtree(root / folder, ignore_errors=True)
-            for table in TABLES:
+            for table in files.TABLES:
                 (root / table).unlink(missing_ok=True)
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(
             f"{root} exists and is no phantom (it has no phantom.json): choose an empty or new folder"
         )
-    for folder in ("masks", FOLDERS[parameters["layout"]]):
+    for folder in ("masks", files.FOLDERS[parameters["layout"]]):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    write_file(unfinished, json.dumps(parameters).encode())
+    write_whole(unfinished, json.dumps(parameters).encode())
     return False
 
 
@@ -336,10 +262,9 @@ def write_phantom(
     test_list.txt, images/*.png (8-bit). Layout 'rsna': stage_2_train_images/<patientId>.dcm (8-bit, not compressed),
     stage_2_train_labels.csv, stage_2_detailed_class_info.csv; one film a patient, no split, boxes in pixels of a 1024 x
     1024 film whatever `size` is, and nearly as many a patient as in RSNA. Both: masks/*.png (16-bit, see
-    `lib.data.phantom_files`), markers.csv (image, marked) where there is a marker and, last, phantom.json with the
+    `phantom.files`), markers.csv (image, marked) where there is a marker and, last, phantom.json with the
     parameters. The content depends on the parameters only, not on the number of workers. An interrupted call is
-    continued by the next; a call for what is already there returns at once, also for a release written before lungs
-    were kept.
+    continued by the next; a call for what is already there returns at once.
 
     Parameters
     ----------
@@ -351,8 +276,7 @@ def write_phantom(
     distribution
     layout : 'nih' or 'rsna'
     marker : a finding or 'No Finding': a planted confounder. A technician's letter is burnt into 90 % of the films of
-    this class and 2 % of
-        the others, beside the shoulder; the rest of each film is as without it. Empty: none
+    this class and 2 % of the others, beside the shoulder; the rest of each film is as without it. Empty: none
     workers : processes; default one per core, one for fewer than 200 films
 
     Raises
@@ -365,43 +289,33 @@ def write_phantom(
             raise ValueError(f"{name} is {value!r}: it must be a whole number of at least {least}")
     if not 0 <= floor <= 0.1:
         raise ValueError(f"floor is {floor!r}: it must lie between 0 and 0.1")
-    for name, value, known in (("layout", layout, tuple(FOLDERS)), ("marker", marker, ("", *CLASSES))):
+    for name, value, known in (("layout", layout, tuple(files.FOLDERS)), ("marker", marker, ("", *CLASSES))):
         if value not in known:
             raise ValueError(f"{name} is {value!r}: it must be {' or '.join(map(repr, known))}")
     root = Path(root)
-    parameters = {
-        "format": 2,
-        "n_films": int(n_films),
-        "size": int(size),
-        "seed": int(seed),
-        "layout": layout,
-        "marker": marker,
-    }
-    if layout == "nih":
-        parameters["floor"] = float(floor)
+    parameters = {"format": 2, "n_films": int(n_films), "size": int(size), "seed": int(seed)}
+    parameters |= {"layout": layout, "marker": marker} | ({"floor": float(floor)} if layout == "nih" else {})
     if _prepare(root, parameters):
         return
     rng = np.random.default_rng((seed, 0))
-    films = (
-        _draw_rsna(n_films, seed, rng)
-        if layout == "rsna"
-        else _enrich(_draw_films(n_films, rng), floor, rng).assign(foci=1)
-    )
+    if layout == "rsna":
+        films = _draw_rsna(n_films, seed, rng)
+    else:
+        films = _enrich(_draw_films(n_films, rng), floor, rng).assign(foci=1)
     films["marked"] = _marked(films, marker, seed)
     patients = [group for _, group in films.groupby("patient")]
     task = partial(_write_patient, root=root, size=size, seed=seed, layout=layout)
-    workers = workers or (
-        1 if n_films < 200 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or (1 if n_films < 200 else cpus)
     if workers == 1:
         boxes = [box for group in patients for box in task(group)]
     else:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             boxes = [box for found in pool.imap(task, patients, chunksize=8) for box in found]
-    (write_rsna_tables if layout == "rsna" else write_nih_tables)(root, films, boxes)
+    (files.write_rsna_tables if layout == "rsna" else files.write_nih_tables)(root, films, boxes)
     if marker:
-        write_markers(root, layout, films)
-    write_file(root / "phantom.json", json.dumps(parameters).encode())
+        files.write_markers(root, layout, films)
+    write_whole(root / "phantom.json", json.dumps(parameters).encode())
     (root / "phantom.unfinished.json").unlink(missing_ok=True)  # another process may have written the same phantom
 
 
@@ -419,30 +333,21 @@ def read_lesion_masks(root: str | Path, image: str) -> dict[str, np.ndarray]:
 
     Raises
     ------
-    FileNotFoundError : neither a mask nor a film of that name is there
-    lib.data.nih.ReleaseError : the mask file is damaged
+    FileNotFoundError : no film of that name is there
+    lib.data.release.ReleaseError : the mask file is damaged
     """
-    bits = read_masks(Path(root), image)
+    bits = files.read_masks(Path(root), image)
     masks = {name: (bits >> index) & 1 == 1 for index, name in enumerate(FINDINGS)}
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def read_lung_mask(root: str | Path, image: str) -> np.ndarray:
     """The two lung fields of a film as its patient has them, behind heart and findings too, bool (size, size).
-
-    Arguments and errors are those of `read_lesion_masks`; also a `ReleaseError` for a release that was written before
-    lungs were kept.
-    """
-    lungs = (read_masks(Path(root), image) >> LUNGS) & 1 == 1
-    if not lungs.any():
-        raise ReleaseError(
-            f"{root} was written before lungs were kept ({image} has none): delete the folder and write the phantom "
-            "anew"
-        )
-    return lungs
+    Arguments and errors are those of `read_lesion_masks`."""
+    return (files.read_masks(Path(root), image) >> files.LUNGS) & 1 == 1
 
 
 def read_marker_mask(root: str | Path, image: str) -> np.ndarray:
     """The pixels that a planted marker changed, bool (size, size), all False for a film without one. As
     `read_lesion_masks` otherwise."""
-    return (read_masks(Path(root), image) >> MARKER) & 1 == 1
+    return (files.read_masks(Path(root), image) >> files.MARKER) & 1 == 1

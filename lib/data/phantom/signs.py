@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from lib.data.phantom.anatomy import LEFT, RIGHT, Anatomy, Scene, compose, expose, film_anatomy
+from lib.data.release import FINDINGS
 
 
 def _sides(rng: np.random.Generator, both: float) -> tuple[int, ...]:
@@ -24,15 +25,9 @@ def _atelectasis(s: Scene, rng: np.random.Generator) -> np.ndarray:
     t = np.linspace(-1, 1, 9)
     for k in range(rng.integers(2, 5)):
         level = y - k * rng.uniform(0.04, 0.055)
-        lines.append(
-            np.stack(
-                [
-                    x + rng.normal(0, 0.015) + reach * t,
-                    level + reach * (slope + rng.normal(0, 0.1)) * t + rng.normal(0, 0.01) * t**2,
-                ],
-                axis=1,
-            )
-        )
+        across = x + rng.normal(0, 0.015) + reach * t
+        down = level + reach * (slope + rng.normal(0, 0.1)) * t + rng.normal(0, 0.01) * t**2
+        lines.append(np.stack([across, down], axis=1))
     band = s.blur(s.strokes(lines, rng.uniform(0.014, 0.02)), 0.003).astype(np.float32) / 255 * s.lungs[side]
     rise = round(rng.uniform(0.0, 0.04) * s.size)
     pulled = s.lungs[side] & ~np.roll(s.lungs[side], -rise, axis=0) & (s.y > s.anatomy.base - 0.1)
@@ -47,12 +42,8 @@ def _cardiomegaly(s: Scene, rng: np.random.Generator) -> np.ndarray:
     the rest."""
     mask = s.heart & (s.y > s.heart_top())
     width = 2 * s.anatomy.width * s.anatomy.ctr
-    atrium = (
-        np.hypot(
-            (s.x - rng.uniform(-0.02, 0.02)) / (rng.uniform(0.24, 0.29) * width), (s.y - s.heart_top() - 0.13) / 0.095
-        )
-        < 1
-    )
+    across = (s.x - rng.uniform(-0.02, 0.02)) / (rng.uniform(0.24, 0.29) * width)
+    atrium = np.hypot(across, (s.y - s.heart_top() - 0.13) / 0.095) < 1
     s.extra += rng.uniform(0.16, 0.22) * s.soft(atrium & mask, 0.004) + rng.uniform(0.03, 0.08) * s.soft(mask, 0.004)
     return mask
 
@@ -62,9 +53,10 @@ def _consolidation(s: Scene, rng: np.random.Generator) -> np.ndarray:
     side = _sides(rng, 0)[0]
     a, height = s.anatomy, s.base_of(side) - s.anatomy.apex
     fissure = a.apex + height * rng.uniform(0.42, 0.58) + rng.uniform(-0.25, 0.25) * (np.abs(s.x) - 0.2)
-    lobe = (s.x * side > 0) & (
-        (s.y < fissure) if rng.random() < 0.5 else (s.y > fissure) & (s.y < fissure + height * rng.uniform(0.35, 0.7))
-    )
+    if rng.random() < 0.5:
+        lobe = (s.x * side > 0) & (s.y < fissure)
+    else:
+        lobe = (s.x * side > 0) & (s.y > fissure) & (s.y < fissure + height * rng.uniform(0.35, 0.7))
     mask = lobe & s.lungs[side]
     hx, hy = s.hilum(side)
     middle = (mask * s.y).sum() / max(mask.sum(), 1)
@@ -88,10 +80,8 @@ def _edema(s: Scene, rng: np.random.Generator) -> np.ndarray:
     lines = []
     for side in (RIGHT, LEFT):
         hx, hy = s.hilum(side)
-        wing = np.exp(
-            -(((s.x - hx - side * 0.05) / rng.uniform(0.10, 0.13)) ** 2)
-            - ((s.y - hy - 0.02) / rng.uniform(0.15, 0.2)) ** 2
-        )
+        across = (s.x - hx - side * 0.05) / rng.uniform(0.10, 0.13)
+        wing = np.exp(-(across**2) - ((s.y - hy - 0.02) / rng.uniform(0.15, 0.2)) ** 2)
         haze = np.maximum(haze, wing * s.lungs[side])
         for _ in range(7):
             x, y = s.place(rng, side, (0.55, 0.98), (0.85, 1.0))
@@ -109,11 +99,8 @@ def _effusion(s: Scene, rng: np.random.Generator) -> np.ndarray:
     for side in _sides(rng, 0.25):
         level = s.base_of(side) - rng.uniform(0.01, 0.2)
         wall = s.anatomy.width - s.x * side
-        surface = (
-            level
-            - rng.uniform(0.06, 0.12) * np.exp(-np.maximum(wall, 0) / 0.045)
-            + 0.02 * np.exp(-(((wall - 0.15) / 0.08) ** 2))
-        )
+        climb = rng.uniform(0.06, 0.12) * np.exp(-np.maximum(wall, 0) / 0.045)
+        surface = level - climb + 0.02 * np.exp(-(((wall - 0.15) / 0.08) ** 2))
         fluid |= (s.x * side > 0) & (s.y > surface)
     dense = s.soft(fluid, 0.006)
     s.opacify(dense)
@@ -136,9 +123,8 @@ def _emphysema(s: Scene, rng: np.random.Generator) -> np.ndarray:
 def _fibrosis(s: Scene, rng: np.random.Generator) -> np.ndarray:
     """Coarse reticular lines and honeycombing at both bases and along the wall."""
     a, mask = s.anatomy, np.zeros_like(s.lung)
-    net = np.maximum(
-        np.clip(1 - np.abs(s.noise(rng, 0.036)) / 0.4, 0, 1), 0.7 * np.clip(1 - np.abs(s.noise(rng, 0.024)) / 0.4, 0, 1)
-    )
+    coarse, fine = (np.clip(1 - np.abs(s.noise(rng, grain)) / 0.4, 0, 1) for grain in (0.036, 0.024))
+    net = np.maximum(coarse, 0.7 * fine)
     reach = rng.uniform(0.5, 0.75)
     for side in (RIGHT, LEFT):
         down = (s.y - a.apex) / (s.base_of(side) - a.apex)
@@ -178,10 +164,9 @@ def _mass(s: Scene, rng: np.random.Generator) -> np.ndarray:
     side = _sides(rng, 0)[0]
     x, y = s.place(rng, side, (0.15, 0.85), (0.25, 0.75))
     angle = np.arctan2(s.y - y, s.x - x)
-    radius = rng.uniform(0.05, 0.085) * (
-        1 + 0.07 * np.sin(2 * angle + rng.uniform(0, 6.3)) + 0.04 * np.sin(5 * angle + rng.uniform(0, 6.3))
-    )
-    inside = (s.distance(x, y) < radius) & s.lungs[side]
+    radius = rng.uniform(0.05, 0.085)
+    lobes = 1 + 0.07 * np.sin(2 * angle + rng.uniform(0, 6.3)) + 0.04 * np.sin(5 * angle + rng.uniform(0, 6.3))
+    inside = (s.distance(x, y) < radius * lobes) & s.lungs[side]
     body = s.soft(inside, 0.006)
     s.opacify(body)
     s.extra += 0.16 * body
@@ -234,12 +219,8 @@ def _segment(s: Scene, rng: np.random.Generator, side: int) -> np.ndarray:
     hx, hy = s.hilum(side)
     direction = rng.choice([-0.75, 0.1, 0.75]) + rng.normal(0, 0.12)
     angle = np.arctan2(s.y - hy, side * (s.x - hx))
-    wedge = (
-        s.soft(
-            (np.abs(angle - direction) < rng.uniform(0.32, 0.45)) & (s.distance(hx, hy) > 0.05) & s.lungs[side], 0.012
-        )
-        * s.lungs[side]
-    )
+    inside = (np.abs(angle - direction) < rng.uniform(0.32, 0.45)) & (s.distance(hx, hy) > 0.05) & s.lungs[side]
+    wedge = s.soft(inside, 0.012) * s.lungs[side]
     wool = np.clip(0.6 + 0.45 * s.noise(rng, 0.022), 0.1, 1)
     s.opacify(wedge * wool)
     s.extra += 0.12 * wedge * wool
@@ -262,22 +243,12 @@ def _pneumothorax(s: Scene, rng: np.random.Generator) -> np.ndarray:
     return air | (line > 0.3)
 
 
-SIGNS = {
-    "Atelectasis": _atelectasis,
-    "Cardiomegaly": _cardiomegaly,
-    "Consolidation": _consolidation,
-    "Edema": _edema,
-    "Effusion": _effusion,
-    "Emphysema": _emphysema,
-    "Fibrosis": _fibrosis,
-    "Hernia": _hernia,
-    "Infiltration": _infiltration,
-    "Mass": _mass,
-    "Nodule": _nodule,
-    "Pleural_Thickening": _pleural_thickening,
-    "Pneumonia": _pneumonia,
-    "Pneumothorax": _pneumothorax,
-}
+# In the order of FINDINGS: a film's random numbers hang on it.
+_DRAW = (
+    _atelectasis, _cardiomegaly, _consolidation, _edema, _effusion, _emphysema, _fibrosis, _hernia, _infiltration,
+    _mass, _nodule, _pleural_thickening, _pneumonia, _pneumothorax,
+)  # fmt: skip
+SIGNS = dict(zip(FINDINGS, _DRAW, strict=True))
 
 
 def render_film(
