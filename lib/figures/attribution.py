@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Sequence
-from itertools import product
 
 import matplotlib as mpl
 import numpy as np
@@ -23,6 +22,7 @@ from lib.figures.style import (
     legend,
     new_figure,
     panels,
+    present,
     show_film,
 )
 from lib.tables.nam_lee import METHODS, MODELS, READINGS, REGIONS
@@ -58,7 +58,7 @@ def attribution_grid(
     films : uint8 (R, S, S).
     boxes : R sequences of (x1, y1, x2, y2) in pixels of S, ends exclusive; may be empty.
     titles : R names, such as the class that is explained.
-    maps : float (R, K, h, w), signed, over the whole film; NaN where there is none.
+    maps : float (R, K, h, w), signed, over the whole film; NaN where there is no stable one, which the panel says.
     columns : K methods by their ids or any other heading, such as 'VGG-16, LRP'.
     probabilities : (R,) what the model predicts, printed at the film, or (R, K) printed at each map; NaN: not printed.
 
@@ -78,67 +78,42 @@ def attribution_grid(
         )
     side = min((WIDTH - 0.65) / (count + 1) - 0.06, 1.75)
     letters = int(side * 72 / 4)
-    names = [[class_name(title)] + [""] * count for title in titles]
-    for i, j in product(range(rows), range(count + 1)):
-        p = (
-            probabilities[i, j - 1]
-            if probabilities.ndim == 2 and j
-            else probabilities[i]
-            if probabilities.ndim == 1 and not j
-            else np.nan
-        )
-        names[i][j] = textwrap.fill(f"{names[i][j]} p={p:.2f}".strip() if np.isfinite(p) else names[i][j], letters)
+    names = np.full((rows, count + 1), "", dtype=object)
+    names[:, 0] = [class_name(title) for title in titles]
+    printed = np.full(names.shape, np.nan)
+    printed[:, slice(1, None) if probabilities.ndim == 2 else 0] = probabilities
+    for at, p in np.ndenumerate(printed):
+        names[at] = textwrap.fill(f"{names[at]} p={p:.2f}".strip() if np.isfinite(p) else names[at], letters)
     lines = [max(name.count("\n") + 1 if name else 0 for name in row) for row in names]
     point = 8 if side > 1.2 else 7
     whole = {"width": int(side * 72 / (0.7 * point)), "break_long_words": False, "break_on_hyphens": False}
-    headings = [
-        textwrap.fill(text, **whole) for text in ("Film and boxes", *(METHODS.get(name, name) for name in columns))
-    ]
+    texts = ("Film and boxes", *(METHODS.get(name, name) for name in columns))
+    headings = [textwrap.fill(text, **whole) for text in texts]
     most = max(text.count("\n") + 1 for text in headings)
-    figure = new_figure(
-        rows * (side + 0.03) + 0.12 * sum(lines) + 0.13 * most + 0.25,
-        data_label,
-        min((side + 0.06) * (count + 1) + 0.65, WIDTH),
-    )
+    height = rows * (side + 0.03) + 0.12 * sum(lines) + 0.13 * most + 0.25
+    figure = new_figure(height, data_label, min((side + 0.06) * (count + 1) + 0.65, WIDTH))
     axes = figure.subplots(rows, count + 1, squeeze=False)
     size = films.shape[-1]
-    for i, j in product(range(rows), range(count + 1)):
-        ax = axes[i, j]
+    for (i, j), ax in np.ndenumerate(axes):
         show_film(ax, (255 - _PALE * (255.0 - films[i])).astype(np.uint8) if j else films[i], boxes[i])
-        if j and np.isfinite(maps[i, j - 1]).all():
-            largest = np.abs(maps[i, j - 1]).max()
-            ax.imshow(
-                maps[i, j - 1] / (largest or 1), cmap=RELEVANCE, vmin=-1, vmax=1, extent=(0, size, size, 0), zorder=0.5
-            )
-            if not largest:
-                ax.text(size / 2, 0.97 * size, "no relevance", ha="center", fontsize=7, path_effects=LIGHT_RIM)
-        elif j:
-            ax.text(size / 2, 0.97 * size, "no map", ha="center", fontsize=7, path_effects=LIGHT_RIM)
-        ax.set_title(names[i][j], fontsize=7, pad=2)
+        ax.set_title(names[i, j], fontsize=7, pad=2)
+        if not j:
+            continue
+        shown, largest = maps[i, j - 1], np.abs(maps[i, j - 1]).max()  # NaN if any value is
+        if np.isfinite(largest):
+            over = {"extent": (0, size, size, 0), "zorder": 0.5}
+            ax.imshow(shown / (largest or 1), cmap=RELEVANCE, vmin=-1, vmax=1, **over)
+        if not largest > 0:
+            missing = "no relevance" if largest == 0 else "no stable map"
+            ax.text(size / 2, 0.97 * size, missing, ha="center", fontsize=7, path_effects=LIGHT_RIM)
+    style = {"ha": "center", "weight": "bold", "fontsize": point, "color": INK}
     for ax, text in zip(axes[0], headings):
-        ax.annotate(
-            text,
-            (0.5, 1),
-            (0, 5 + 9 * lines[0]),
-            "axes fraction",
-            "offset points",
-            ha="center",
-            weight="bold",
-            fontsize=point,
-            color=INK,
-        )
-    bar = figure.colorbar(
-        mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), RELEVANCE),
-        ax=axes,
-        fraction=0.02,
-        pad=0.01,
-        aspect=30,
-        shrink=0.8 if rows > 1 else 1,
-        ticks=(-1, -0.5, 0, 0.5, 1),
-    )
-    bar.set_label(
-        "relevance, each map divided by its largest magnitude" if figure.get_figheight() > 4.5 else "relevance"
-    )
+        ax.annotate(text, (0.5, 1), (0, 5 + 9 * lines[0]), "axes fraction", "offset points", **style)
+    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), RELEVANCE)
+    shape = {"fraction": 0.02, "pad": 0.01, "aspect": 30, "shrink": 0.8 if rows > 1 else 1}
+    bar = figure.colorbar(scale, ax=axes, ticks=(-1, -0.5, 0, 0.5, 1), **shape)
+    tall = figure.get_figheight() > 4.5
+    bar.set_label("relevance, each map divided by its largest magnitude" if tall else "relevance")
     bar.ax.set_facecolor("#dcdcdc")
     return figure
 
@@ -159,67 +134,35 @@ def iou_by_threshold(table: pd.DataFrame, *, reading: str = "mean_iou", data_lab
     names, methods = list(dict.fromkeys(table["class"])), ordered(METHODS, table["method"])
     columns = min(4, max(len(names), 2))  # one panel alone would be narrower than its legend
     figure, axes = panels(len(names), columns, 1.35 if columns > 2 else 2.2, 0.3, data_label)
-    handles = []
+    told = reading == "mean_iou" and table["paper"].notna().any()  # the paper's numbers fit that reading only
+    paper = {"linewidth": 0.7, "linestyle": (0, (4, 2)), "markersize": 3.4, "markerfacecolor": "white"}
+    paper["markeredgewidth"] = 0.7
+    empty = {"color": INK, "linewidth": 0.9, "linestyle": (0, (1, 1.5))}
+    handles, ticks = [], sorted(table["threshold"].unique())
     for k, (ax, name) in enumerate(zip(axes, names)):
         cells = table[table["class"] == name]
         for m, method in enumerate(methods):
             rows, style = cells[cells["method"] == method].sort_values("threshold"), METHOD_STYLES.get(method, _OTHER)
-            x = rows["threshold"] + 0.008 * (m - (len(methods) - 1) / 2)
+            x, label = rows["threshold"] + 0.008 * (m - (len(methods) - 1) / 2), METHODS.get(method, method)
             ax.vlines(x, rows["ci_low"], rows["ci_high"], color=style["color"], linewidth=0.9)
-            handles += ax.plot(
-                x, rows["value"], markersize=3.4, markeredgewidth=0, label=METHODS.get(method, method), **style
-            )
-            if reading == "mean_iou" and rows["paper"].notna().any():
-                ax.plot(
-                    x,
-                    rows["paper"],
-                    markersize=3.4,
-                    markerfacecolor="white",
-                    markeredgewidth=0.7,
-                    linewidth=0.7,
-                    linestyle=(0, (4, 2)),
-                    zorder=1.5,
-                    **style,
-                )
-        ax.axhline(cells["floor"].mean(), color=INK, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
+            handles += ax.plot(x, rows["value"], markersize=3.4, markeredgewidth=0, label=label, **style)
+            if told and rows["paper"].notna().any():
+                ax.plot(x, rows["paper"], zorder=1.5, **paper, **style)
+        ax.axhline(cells["floor"].mean(), zorder=1, **empty)
         count = cells["n"].max()
         ax.set_title(f"{class_name(name)} ({count:.0f})" if np.isfinite(count) else class_name(name), pad=3)
-        ax.set(
-            xticks=sorted(table["threshold"].unique()),
-            xlim=(table["threshold"].min() - 0.04, table["threshold"].max() + 0.04),
-        )
+        ax.set(xticks=ticks, xlim=(ticks[0] - 0.04, ticks[-1] + 0.04))
         ax.set_xlabel("Threshold" if k + columns >= len(names) else "")
-        ax.set_ylabel(
-            {"mean_iou": "IoU, mean of lesion\nand background", "iou_lesion": "IoU of the lesion"}[reading]
-            if k % columns == 0
-            else ""
-        )
+        axis = "IoU, mean of lesion\nand background" if reading == "mean_iou" else "IoU of the lesion"
+        ax.set_ylabel(axis if k % columns == 0 else "")
         grid(ax, "both")
-    top = max(
-        0.05,
-        1.08
-        * np.nanmax(table[["value", "ci_high", "floor", *(["paper"] if reading == "mean_iou" else [])]], initial=0),
-    )
+    highest = np.nanmax(table[["value", "ci_high", "floor", *(["paper"] if told else [])]], initial=0)
     for ax in axes:
-        ax.set_ylim(-0.01 if reading == "iou_lesion" else 0, min(top, 1.02))
+        ax.set_ylim(-0.01 if reading == "iou_lesion" else 0, min(max(0.05, 1.08 * highest), 1.02))
     handles.append(Line2D([], [], color=GREY, linewidth=0.9, label="95 % interval"))
-    if reading == "mean_iou" and table["paper"].notna().any():
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=GREY,
-                linewidth=0.7,
-                linestyle=(0, (4, 2)),
-                marker="o",
-                markersize=3.4,
-                markerfacecolor="white",
-                markeredgewidth=0.7,
-                label="paper (CheXNet)",
-            )
-        )
-    handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (1, 1.5)), label="empty mask"))
-    legend(figure, handles)
+    if told:
+        handles.append(Line2D([], [], color=GREY, marker="o", label="paper (CheXNet)", **paper))
+    legend(figure, [*handles, Line2D([], [], label="empty mask", **empty)])
     return figure
 
 
@@ -231,16 +174,9 @@ def share_dots(means: pd.DataFrame, *, data_label: str) -> Figure:
     `means` : of `attribution.share_means` by model, kind, method and region. The black tick is what area alone would
     give; a region that the films of a kind do not have is left empty.
     """
-    kinds, models, methods = (
-        list(dict.fromkeys(means["kind"])),
-        ordered(MODELS, means["model"]),
-        ordered(METHODS, means["method"]),
-    )
-    regions, place, y = list(dict.fromkeys(means["region"])), {}, 0.0
-    models, methods = (
-        [name for name in names if (means[column] == name).any()]
-        for column, names in (("model", models), ("method", methods))
-    )
+    kinds, regions = (list(dict.fromkeys(means[column])) for column in ("kind", "region"))
+    models, methods = present(MODELS, means["model"]), present(METHODS, means["method"])
+    place, y = {}, 0.0
     for kind in kinds:
         for model in models:
             if ((means["kind"] == kind) & (means["model"] == model)).any():
@@ -249,34 +185,21 @@ def share_dots(means: pd.DataFrame, *, data_label: str) -> Figure:
         y += 0.4
     figure = new_figure(0.26 * y + 0.95, data_label)
     axes, handles = figure.subplots(1, max(len(regions), 1), squeeze=False, sharey=True)[0], []
+    area = {"markersize": 11, "markeredgewidth": 1.1, "label": "share by area", "zorder": 1.5}
     for ax, region in zip(axes, regions):
+        known = means[(means["region"] == region) & (means["n"] > 0)]
         for k, ((kind, model), height) in enumerate(place.items()):
-            rows = means[
-                (means["region"] == region) & (means["kind"] == kind) & (means["model"] == model) & (means["n"] > 0)
-            ]
+            rows = known[(known["kind"] == kind) & (known["model"] == model)]
             if k % 2 == 0:
                 ax.axhspan(height - 0.5, height + 0.5, color="#f2f2f2", linewidth=0)
             for row in rows.itertuples():
-                style, m, name = (
-                    METHOD_STYLES.get(row.method, _OTHER),
-                    methods.index(row.method),
-                    METHODS.get(row.method, row.method),
-                )
-                at = height + (m - (len(methods) - 1) / 2) * 0.7 / len(methods)
+                style, name = METHOD_STYLES.get(row.method, _OTHER), METHODS.get(row.method, row.method)
+                at = height + (methods.index(row.method) - (len(methods) - 1) / 2) * 0.7 / len(methods)
                 ax.hlines(at, row.ci_low, row.ci_high, color=style["color"], linewidth=1)
-                handles += ax.plot(
-                    row.value, at, linestyle="none", markersize=3.8, markeredgewidth=0, label=name, **style
-                )
+                dot = {"linestyle": "none", "markersize": 3.8, "markeredgewidth": 0, "label": name}
+                handles += ax.plot(row.value, at, **dot, **style)
             if len(rows):
-                handles += ax.plot(
-                    rows["area"].mean(),
-                    height,
-                    "|k",
-                    markersize=11,
-                    markeredgewidth=1.1,
-                    label="share by area",
-                    zorder=1.5,
-                )
+                handles += ax.plot(rows["area"].mean(), height, "|k", **area)
         ax.set_title(REGIONS.get(region, f"in {region}").capitalize(), pad=3)
         ax.set_xlabel("Share of positive relevance", fontsize=7.5)
         ax.set_xlim(-0.02, 1.02)

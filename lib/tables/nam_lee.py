@@ -1,9 +1,13 @@
 """Tables 1 and 2 of Nam & Lee in the paper's arrangement, ours beside theirs, and in words in how many cells the
 methods beat CAM.
 
-Tidy frames in: `attribution.iou_means`, `iou_differences` and `share_means` make those of Table 2 and of the sentences.
-What is not there becomes a dash; models, classes and methods the paper does not have are appended after the paper's.
+Tidy frames in: `attribution.iou_means` and `iou_differences` make those of Table 2, `regions.share_means` and
+`box_gaps` those of the sentences on intention. What is not there becomes a dash; models, classes and methods the paper
+does not have are appended after the paper's.
 """
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,13 +37,18 @@ _CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "
 _CELL = ["reading", "threshold", "method", "class"]
 _FILMS = (
     "What the paper calls 984 images are 984 boxes in 880 films; 606 of these films were in the training list of the "
-    "checkpoint it explains "
-    "(86 in its validation list, 188 in its test list)."
+    "checkpoint it explains (86 in its validation list, 188 in its test list)."
 )
 _UNSAID = (
-    "The paper does not say which IoU it prints; its values fit the mean of lesion and background and stand "
-    "beside both readings."
+    "The paper does not say which IoU it prints; its values fit the mean of lesion and background and stand beside "
+    "both readings."
 )
+_NO_LUNG_VERDICT = " So it is not shown that the model judges normal films by their lungs."
+_LUNG_VERDICTS = {
+    "more than area gives": " So the model judges normal films by their lungs, as the paper reads its pictures.",
+    "less than area gives": " So the model judges normal films by something else than their lungs, not as the paper "
+    "reads its pictures.",
+}
 
 
 def read_published(number: int) -> pd.DataFrame:
@@ -91,23 +100,24 @@ def table2(means: pd.DataFrame, *, data_label: str) -> pd.DataFrame:
     Parameters
     ----------
     means : DataFrame
-        Of `attribution.iou_means`: reading, class, method, threshold, value, ci_low, ci_high, n, n_skipped, floor.
+        Of `attribution.iou_means`: reading, class, method, threshold, value, ci_low, ci_high, n, n_skipped, n_unstable,
+        floor.
     data_label : str
         What the numbers were measured on.
 
     Returns
     -------
     DataFrame
-        data, reading, threshold, method, class, value, ci_low, ci_high, n, n_skipped, floor (of an empty mask), paper:
-        every cell in the paper's order, NaN where there is no number of ours or of the paper. The paper's number stands
-        beside both readings.
+        data, reading, threshold, method, class, value, ci_low, ci_high, n, n_skipped, n_unstable, floor (of an empty
+        mask), paper: every cell in the paper's order, NaN where there is no number of ours or of the paper. The paper's
+        number stands beside both readings.
 
     Raises
     ------
     ValueError
         Empty data_label, missing columns, or a cell given twice.
     """
-    ours = _checked(means, _CELL, ["value", "ci_low", "ci_high", "n", "n_skipped", "floor"], data_label)
+    ours = _checked(means, _CELL, "value ci_low ci_high n n_skipped n_unstable floor".split(), data_label)
     printed = read_published(2).set_index(_CELL[1:])["mean_iou"]
     given = ours.index.to_frame()
     thresholds = sorted({*printed.index.get_level_values("threshold"), *given["threshold"]})
@@ -132,9 +142,8 @@ def caption(table: pd.DataFrame, interval: str, reading: str = "mean_iou") -> st
         ]
         if dataset == "rsna":
             parts.append(
-                "Negatives are all films without the label, also those of another abnormality. CheXNet was trained "
-                "on films of the NIH "
-                "release, from which RSNA's are drawn."
+                "Negatives are all films without the label, also those of another abnormality. CheXNet was trained on "
+                "films of the NIH release, from which RSNA's are drawn."
             )
     else:
         table = table[table["reading"] == reading]
@@ -152,12 +161,41 @@ def caption(table: pd.DataFrame, interval: str, reading: str = "mean_iou") -> st
             _UNSAID,
             _FILMS,
         ]
-        skipped = table["n_skipped"].max()
+        skipped, unstable = table["n_skipped"].max(), table["n_unstable"].max()
         if skipped > 0:
-            parts.insert(2, f"Up to {skipped:.0f} a cell are undefined and left out.")
+            because = f" ({unstable:.0f} for want of a stable map)" if unstable > 0 else ""
+            parts.insert(2, f"Up to {skipped:.0f} a cell are undefined{because} and left out.")
     if table["value"].isna().any():
         parts.append(f"{MISSING}: not measured.")
     return " ".join(parts)
+
+
+def pneumonia_networks(runs: Sequence) -> dict[str, Any]:
+    """The runs that learn pneumonia, by the names of their networks: the backbone's, with another loss than BCE, and
+    another seed than the first run's, added.
+
+    `runs` : with task, backbone, loss and seed. ValueError where none has the task pneumonia.
+    """
+    found = {
+        run.backbone + f"-{run.loss}" * (run.loss != "bce") + f"-seed{run.seed}" * (run.seed != runs[0].seed): run
+        for run in runs
+        if run.task == "pneumonia"
+    }
+    if not found:
+        raise ValueError("no run of this study has the task pneumonia: name some in `runs`")
+    return found
+
+
+def map_headings(models: Iterable[str], method: str) -> list[str]:
+    """What stands above the maps of each model: 'VGG-16, LRP'."""
+    return [f"{MODELS.get(model, model)}, {METHODS.get(method, method)}" for model in models]
+
+
+def training_note(status: pd.Series) -> str:
+    """What to do where it is not known which films a checkpoint was trained on, else nothing; of
+    `attribution.training_status`."""
+    unknown = status.eq("unknown").any()
+    return "Name the list of its training films in `chexnet_train_list` to tell them apart." if unknown else ""
 
 
 def to_markdown(table: pd.DataFrame, *, interval: str, reading: str = "mean_iou") -> str:
@@ -204,40 +242,13 @@ def verdicts(differences: pd.DataFrame, means: pd.DataFrame | None = None) -> pd
     for (reading, method), cells in differences.groupby(["reading", "method"], sort=False):
         told = reading == "mean_iou" and method in printed  # its numbers fit that reading only
         paper = printed[method] - printed["cam"] if told else printed["cam"].iloc[:0]
-        rows.append(
-            {
-                "against": "CAM",
-                "reading": reading,
-                "method": method,
-                **_counts(cells["difference"], cells["ci_low"], cells["ci_high"]),
-                "paper_cells": len(paper),
-                "paper_higher": int((paper > 0).sum()),
-            }
-        )
+        counts = _counts(cells[["difference", "ci_low", "ci_high"]])
+        rows.append(("CAM", reading, method, *counts, len(paper), int((paper > 0).sum())))
     if means is not None:
         for method, cells in means[means["reading"] == "mean_iou"].groupby("method", sort=False):
-            rows.append(
-                {
-                    "against": "an empty mask",
-                    "reading": "mean_iou",
-                    "method": method,
-                    "paper_cells": 0,
-                    "paper_higher": 0,
-                    **_counts(cells["gain"], cells["gain_low"], cells["gain_high"]),
-                }
-            )
-    columns = [
-        "against",
-        "reading",
-        "method",
-        "cells",
-        "higher",
-        "intervals",
-        "supported",
-        "contradicted",
-        "paper_cells",
-        "paper_higher",
-    ]
+            counts = _counts(cells[["gain", "gain_low", "gain_high"]])
+            rows.append(("an empty mask", "mean_iou", method, *counts, 0, 0))
+    columns = "against reading method cells higher intervals supported contradicted paper_cells paper_higher".split()
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -249,70 +260,58 @@ def sentences(checked: pd.DataFrame) -> list[str]:
 def intention_sentences(means: pd.DataFrame, gaps: pd.DataFrame | None = None) -> list[str]:
     """Where the positive relevance lies, in words: a Markdown paragraph per model, method and kind of film.
 
-    `means` : of `attribution.share_means` by model, kind, method and region ('boxes', 'lungs', 'outside' or any other):
-    value, ci_low, ci_high, area, gain, gain_low, gain_high, n. `gaps` : of `attribution.box_gaps` by model, method and
-    kind. For films with boxes the text says whether the model looks where the lesions are: denser there than area gives
-    and, where lungs are known, denser than in the lungs; for films of the kind 'normal', whether it looks at lungs.
+    `means` : of `regions.share_means` by model, kind, method and region ('boxes', 'lungs', 'outside' or any other).
+    `gaps` : of `regions.box_gaps` by model, method and kind. For films with boxes the text says whether the model looks
+    where the lesions are: denser there than area gives and, where lungs are known, denser than in the lungs; for films
+    of the kind 'normal', whether it looks at lungs. Films without a stable map are counted.
     """
     out = []
     for (model, method, kind), rows in means.groupby(["model", "method", "kind"], sort=False):
         known = rows[(rows["n"] > 0) & (rows["area"] < 0.999)]  # a region that is the whole film says nothing
         parts = [
             f"{100 * row.value:.1f} %{_between(row.ci_low, row.ci_high)} "
-            f"{REGIONS.get(row.region, f'in {row.region}')}, "
-            f"{_against_area(row)} ({100 * row.area:.1f} %)"
+            f"{REGIONS.get(row.region, f'in {row.region}')}, {_against_area(row)} ({100 * row.area:.1f} %)"
             for row in known.itertuples()
         ]
+        unstable = rows["n_unstable"].max()
+        more = f" ({unstable:.0f} {'more ' if parts else ''}without a stable map)" if unstable else ""
         text = f"**{MODELS.get(model, model)}, {METHODS.get(method, method)}, {kind}**: "
         text += (
-            f"over {range_text(known['n'], 'film', 'films')}, of the positive relevance {'; '.join(parts)}."
+            f"over {range_text(known['n'], 'film', 'films')}{more}, of the positive relevance {'; '.join(parts)}."
             if parts
-            else "no positive relevance, or no region but the whole film to look at."
+            else f"no positive relevance{more}, or no region but the whole film to look at."
         )
         for row in known[known["region"] == "boxes"].itertuples():
-            text += _verdict(_against_area(row), gaps, model, method, kind)
+            text += _box_verdict(_against_area(row), gaps, model, method, kind)
         for row in known[known["region"] == "lungs"].itertuples() if kind == "normal" else ():
-            text += {
-                "more than area gives": (
-                    " So the model judges normal films by their lungs, as the paper reads its pictures."
-                ),
-                "less than area gives": (
-                    " So the model judges normal films by something else than their lungs, not "
-                    "as the paper reads its pictures."
-                ),
-            }.get(_against_area(row), " So it is not shown that the model judges normal films by their lungs.")
+            text += _LUNG_VERDICTS.get(_against_area(row), _NO_LUNG_VERDICT)
         out.append(text)
     return out
 
 
-def _verdict(against: str, gaps: pd.DataFrame | None, model: str, method: str, kind: str) -> str:
+def _box_verdict(against: str, gaps: pd.DataFrame | None, model: str, method: str, kind: str) -> str:
     if against == "less than area gives":
         return " So the model looks elsewhere than at the lesions, not as intended."
     if against != "more than area gives":
         return " So it is not shown that the model looks where the lesions are."
-    gap = (
-        gaps[(gaps["model"] == model) & (gaps["method"] == method) & (gaps["kind"] == kind)]
-        if gaps is not None and len(gaps)
-        else []
-    )
+    gap = [] if gaps is None else gaps.query("model == @model and method == @method and kind == @kind")
     if not len(gap):
         return (
             " So the model looks where the lesions are, or at the lungs as a whole: without lung masks the two "
             "cannot be told apart."
         )
-    low, high = gap["gap_low"].iloc[0], gap["gap_high"].iloc[0]
-    if low > 0:
+    if gap["gap_low"].iloc[0] > 0:
         return (
             " It is denser there than in the lungs as a whole, so the model looks where the lesions are, as intended."
         )
-    return (
-        " It is less dense there than in the lungs as a whole: the model looks at lungs, not at lesions, not as "
-        "intended."
-        if high < 0
-        else (
-            " But it is not told apart from the lungs as a whole: the model looks at lungs, and it is not shown "
-            "that it looks at lesions."
+    if gap["gap_high"].iloc[0] < 0:
+        return (
+            " It is less dense there than in the lungs as a whole: the model looks at lungs, not at lesions, not as "
+            "intended."
         )
+    return (
+        " But it is not told apart from the lungs as a whole: the model looks at lungs, and it is not shown that it "
+        "looks at lesions."
     )
 
 
@@ -325,24 +324,20 @@ def _sentence(row) -> str:
         of = "" if row.intervals == row.cells else f" (of {row.intervals} with one)"
         text += (
             f"; the 95 % interval of the paired difference lies wholly above zero in {row.supported or 'none'}{of}, "
-            "wholly below in "
-            f"{row.contradicted or 'none'}."
+            f"wholly below in {row.contradicted or 'none'}."
         )
     else:
         text += " (no intervals)."
-    return text + (
-        f" In the paper's Table 2: {of_cells(row.paper_higher, row.paper_cells)}." if row.paper_cells else ""
-    )
+    paper = f" In the paper's Table 2: {of_cells(row.paper_higher, row.paper_cells)}."
+    return text + (paper if row.paper_cells else "")
 
 
-def _counts(difference: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, int]:
-    return {
-        "cells": int(difference.notna().sum()),
-        "higher": int((difference > 0).sum()),
-        "intervals": int((low.notna() & high.notna()).sum()),
-        "supported": int((low > 0).sum()),
-        "contradicted": int((high < 0).sum()),
-    }
+def _counts(cells: pd.DataFrame) -> tuple[int, ...]:
+    """Of cells with a difference, its lower and its upper bound: how many have one, are higher, have an interval, lie
+    wholly above zero, wholly below."""
+    difference, low, high = (cells[name] for name in cells)
+    known = (difference.notna(), difference > 0, low.notna() & high.notna(), low > 0, high < 0)
+    return tuple(int(which.sum()) for which in known)
 
 
 def _against_area(row) -> str:
@@ -350,13 +345,9 @@ def _against_area(row) -> str:
         return "on too few films to tell it from what area gives"
     if not (np.isfinite(row.gain_low) and np.isfinite(row.gain_high)):
         return "with no interval to tell it from what area gives"
-    return (
-        "more than area gives"
-        if row.gain_low > 0
-        else "less than area gives"
-        if row.gain_high < 0
-        else "not told apart from what area gives"
-    )
+    if row.gain_low > 0:
+        return "more than area gives"
+    return "less than area gives" if row.gain_high < 0 else "not told apart from what area gives"
 
 
 def _between(low: float, high: float) -> str:
@@ -367,18 +358,11 @@ def _lines(table: pd.DataFrame, reading: str) -> tuple[list[str], list[str], lis
     """Headings of the label columns, those of the others, and the printed lines: mean, interval and paper one below the
     other."""
     if _number(table) == 1:
-        one_class = table["class"].nunique() == 1
-        columns = [
-            MODELS.get(row.model, row.model)
-            if one_class
-            else f"{MODELS.get(row.model, row.model)} {class_name(row[4])}"
-            for row in table.itertuples()
-        ]
-        return (
-            ["AUROC"],
-            columns,
-            [[name, *cells] for name, cells in zip(("ours", "95 % interval", "paper"), _triple(table))],
-        )
+        columns = [MODELS.get(model, model) for model in table["model"]]
+        if table["class"].nunique() > 1:
+            columns = [f"{model} {class_name(name)}" for model, name in zip(columns, table["class"])]
+        labels = ("ours", "95 % interval", "paper")
+        return ["AUROC"], columns, [[label, *cells] for label, cells in zip(labels, _triple(table))]
     if reading not in READINGS:
         raise ValueError(f"reading = {reading!r}: one of {', '.join(READINGS)}")
     table, lines = table[table["reading"] == reading], []

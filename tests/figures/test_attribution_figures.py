@@ -41,10 +41,11 @@ def test_grid_shows_every_map_on_one_symmetric_scale():
         "LRP",
         "RAP",
         "no relevance",
-        "no map",
+        "no stable map",
     } <= found
     assert any(text.replace("\n", " ") == "Pleural Thickening p=0.25" for text in found)
     assert len(figure.axes) == 13  # 3 x 4 panels and one colour bar
+    assert [ax.texts[-1].get_text() for ax in (figure.axes[6], figure.axes[11])] == ["no relevance", "no stable map"]
     images = relevance_images(figure)
     assert len(images) == 8 and {image.get_clim() for image in images} == {(-1, 1)}
     shown = [np.asarray(image.get_array()) for image in images]

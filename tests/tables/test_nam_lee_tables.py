@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,6 +25,7 @@ def paper_as_means(width=0.02):
         ci_high=means["value"] + width,
         n=n,
         n_skipped=0,
+        n_unstable=0,
         floor=floor,
         gain=gain,
         gain_low=gain - width,
@@ -76,6 +79,7 @@ def test_table2_keeps_the_papers_order_and_values():
         "ci_high",
         "n",
         "n_skipped",
+        "n_unstable",
         "floor",
         "paper",
     ]
@@ -137,6 +141,11 @@ def test_missing_further_and_undefined_cells():
         and all(cell == "—" for cell in next(row for row in rows if row[1] == "LRP")[2:])
     )
     assert "—: not measured." in text and "Up to 3 a cell are undefined and left out." in text
+    refused = nam_lee.table2(means.assign(n_unstable=[2] + [1] * (len(means) - 1)), data_label=PHANTOM)
+    assert refused["n_unstable"].max() == 2
+    assert "Up to 3 a cell are undefined (2 for want of a stable map) and left out." in nam_lee.caption(
+        refused, INTERVAL
+    )
     empty = nam_lee.table2(paper_as_means().head(0), data_label=PHANTOM)
     assert empty["value"].isna().all() and "Over" not in nam_lee.caption(empty, INTERVAL)
 
@@ -271,23 +280,8 @@ def test_intention_in_words():
         ("vgg16", "lrp", "normal", "lungs", 0.6, 0.5, 0.7, 0.6, 0.0, -0.1, 0.1, 41),
         ("mine", "lrp", "normal", "boxes", *[np.nan] * 7, 0),
     ]
-    means = pd.DataFrame(
-        rows,
-        columns=[
-            "model",
-            "method",
-            "kind",
-            "region",
-            "value",
-            "ci_low",
-            "ci_high",
-            "area",
-            "gain",
-            "gain_low",
-            "gain_high",
-            "n",
-        ],
-    )
+    columns = "model method kind region value ci_low ci_high area gain gain_low gain_high n".split()
+    means = pd.DataFrame(rows, columns=columns).assign(n_unstable=0)
     gaps = pd.DataFrame(
         [("vgg16", "lrp", "pneumonia", 0.5, 0.2, 0.8, 60)],
         columns=["model", "method", "kind", "gap", "gap_low", "gap_high", "n"],
@@ -327,3 +321,32 @@ def test_intention_in_words():
     assert nam_lee.intention_sentences(whole) == [
         "**VGG-16, LRP, pneumonia**: no positive relevance, or no region but the whole film to look at."
     ]
+    refused = nam_lee.intention_sentences(means.iloc[[2]].assign(n_unstable=4))
+    assert "over 60 films (4 more without a stable map), of the positive relevance 5.0 %" in refused[0]
+    [nothing] = nam_lee.intention_sentences(means.iloc[[2]].assign(n=0, n_unstable=64, value=np.nan))
+    assert "no positive relevance (64 without a stable map), or" in nothing
+
+
+def test_networks_are_named_by_what_tells_them_apart():
+    def run(task, backbone, loss, seed):
+        return SimpleNamespace(task=task, backbone=backbone, loss=loss, seed=seed)
+
+    runs = [
+        run("binary", "vgg16", "bce", 3),
+        run("pneumonia", "vgg16", "bce", 3),
+        run("pneumonia", "vgg16", "bce", 0),
+        run("pneumonia", "resnet50", "cb_focal", 3),
+        run("pneumonia", "resnet50", "cb_focal", 30),
+    ]
+    found = nam_lee.pneumonia_networks(runs)
+    assert list(found) == ["vgg16", "vgg16-seed0", "resnet50-cb_focal", "resnet50-cb_focal-seed30"]
+    assert list(found.values()) == runs[1:]
+    for none in (runs[:1], []):
+        with pytest.raises(ValueError, match="no run of this study has the task pneumonia"):
+            nam_lee.pneumonia_networks(none)
+    assert nam_lee.map_headings(["vgg16", "mine"], "rap") == ["VGG-16, RAP", "mine, RAP"]
+
+
+def test_note_where_training_films_are_not_known():
+    assert "`chexnet_train_list`" in nam_lee.training_note(pd.Series(["chosen on", "unknown"]))
+    assert nam_lee.training_note(pd.Series(["chosen on", "not seen"])) == ""

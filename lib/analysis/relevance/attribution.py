@@ -1,10 +1,11 @@
-"""CAM, LRP and RAP against boxes and regions (Nam & Lee): IoU by threshold, and where the positive relevance lies.
+"""CAM, LRP and RAP against boxes (Nam & Lee): IoU by threshold, and whether the films were seen in training.
 
-All take the batches of films and a frame of pairs, film and class, such as `lenses.box_pairs` makes, and hold the maps
-of one batch at a time. Means with intervals are over patients, with the same draws for every method.
+All take the batches of films and a frame of pairs, film and class, such as `pairs.box_pairs` makes, and hold the maps
+of one batch at a time. Means with intervals are over patients, with the same draws for every method. A map that
+`heatmaps` refuses, because it is not stable, has no value anywhere: NaN, and it is counted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,13 +15,40 @@ from torch import Tensor, nn
 from lib.analysis import cam
 from lib.analysis.alignment import pooled_maps
 from lib.analysis.inference import stream
-from lib.analysis.localization import THRESHOLDS, box_masks, positive_part, threshold_iou
-from lib.analysis.relevance.heatmaps import heatmaps
+from lib.analysis.localization import THRESHOLDS, positive_part, threshold_iou
+from lib.analysis.relevance.heatmaps import conservation, heatmaps
 from lib.analysis.statistics import mean_intervals
 
 METHODS = ("cam", "lrp", "rap")
 READINGS = ("mean_iou", "iou_lesion")
-Regions = Mapping[str, np.ndarray]
+# What a table says of a map itself, and so not of one that was refused.
+_OF_MAPS = "iou_lesion iou_background mean_iou mask_area share enrichment".split()
+
+
+def conservation_summary(
+    model: nn.Module, batch, pairs: pd.DataFrame, *, methods: Sequence[str] = ("lrp", "rap"), **rules: str
+) -> pd.DataFrame:
+    """Is relevance lost on the way? How much of the relevance of its output every layer hands on, from the logit on.
+
+    Parameters
+    ----------
+    model, pairs, **rules
+        As in `attribute`; a film is explained for its first pair.
+    batch
+        With fields `rows` (B,) and `images` (B, Cin, S, S), on the model's device: films of `pairs`.
+
+    Returns
+    -------
+    DataFrame
+        By method: layers (their number), lowest, highest (relevance of the inputs / of the output over all films and
+        layers; what LRP drops, where a neuron has no positive contribution to share it by, is lost).
+    """
+    _require_pairs(pairs)
+    outputs = pairs.drop_duplicates("row").set_index("row")["output"].loc[np.asarray(batch.rows)]
+    classes = torch.tensor(outputs.to_numpy())
+    weighed = {method: conservation(model, batch.images, classes, method, **rules) for method in methods}
+    layers = pd.concat(weighed, names=["method"]).groupby("method")
+    return layers.agg(layers=("layer", "nunique"), lowest=("ratio", "min"), highest=("ratio", "max"))
 
 
 def attribute(
@@ -50,7 +78,7 @@ def attribute(
     batches : iterable
         With fields `rows` (B,) and `images` (B, Cin, S, S), on the model's device, S = `image_size`.
     pairs : DataFrame
-        row, image, patient, class, output, boxes, and optionally box: of `lenses.box_pairs`. Films that the batches do
+        row, image, patient, class, output, boxes, and optionally box: of `pairs.box_pairs`. Films that the batches do
         not bring have no row.
     layer : str
         Module whose maps CAM reads.
@@ -69,99 +97,26 @@ def attribute(
     -------
     DataFrame
         A row per pair, method and threshold, in the order of `pairs`: image, patient, class, (box,) method, threshold,
-        iou_lesion, iou_background, mean_iou, empty_mask_iou, box_area, mask_area, logit; last, what they depend on:
-        layer, cam_method, rounding, init.
+        iou_lesion, iou_background, mean_iou, empty_mask_iou, box_area, mask_area, logit, stable (False: the map was
+        refused; its IoUs and mask_area are NaN); last, what they depend on: layer, cam_method, rounding, init.
 
     Raises
     ------
     ValueError
         No pairs, an unknown method, or CAM of a model without a pooled linear head.
     """
-    parts = []
-    for chosen, logits, maps in _streamed(
-        model, batches, pairs, methods, layer, image_size, cam_method, {"init": init, **rules}
-    ):
-        for order, (method, signed) in enumerate(maps):
-            table = threshold_iou(
-                positive_part(signed),
-                list(chosen["boxes"]),
-                image_size,
-                thresholds,
-                rounding=rounding,
-                inclusive=inclusive,
-            )
-            here = table.pop("pair").to_numpy()
-            parts.append(
-                table.assign(method=method, logit=logits[here], place=chosen.index.to_numpy()[here], order=order)
-            )
-    keys = ["image", "patient", "class", *(["box"] if "box" in pairs else [])]
-    columns = [
-        *keys,
-        "method",
-        "threshold",
-        "iou_lesion",
-        "iou_background",
-        "mean_iou",
-        "empty_mask_iou",
-        "box_area",
-        "mask_area",
-        "logit",
-    ]
-    options = {"layer": layer, "cam_method": cam_method, "rounding": rounding, "init": init, **rules}
-    return _in_order(parts, pairs[keys], columns).assign(**options)
 
+    def measure(chosen):
+        options = {"rounding": rounding, "inclusive": inclusive}
+        return lambda maps: threshold_iou(positive_part(maps), list(chosen["boxes"]), image_size, thresholds, **options)
 
-def look(
-    model: nn.Module,
-    batches: Iterable,
-    pairs: pd.DataFrame,
-    regions_of: Callable[[pd.DataFrame], Regions],
-    *,
-    layer: str,
-    image_size: int,
-    methods: Sequence[str] = ("lrp", "rap"),
-    cam_method: str = "cam",
-    init: str = "one",
-    **rules: str,
-) -> pd.DataFrame:
-    """Where the positive relevance lies: its share in each region of each film, beside the share that area alone would
-    give.
-
-    Parameters
-    ----------
-    model, batches, layer, image_size, methods, cam_method, init, rules
-        As in `attribute`.
-    pairs : DataFrame
-        row, output, and whatever else the result shall carry (image, patient, class, a kind of film); films without
-        boxes may be among them.
-    regions_of : callable
-        Given some rows of `pairs` (P of them), the masks bool (P, S, S) by name; `film_regions` makes them.
-
-    Returns
-    -------
-    DataFrame
-        A row per pair, method and region, in the order of `pairs`: its columns but for `boxes`, then method, logit,
-        region, share, area, enrichment (see `relevance_shares`).
-
-    Raises
-    ------
-    ValueError
-        As `attribute`.
-    """
-    parts = []
-    for chosen, logits, maps in _streamed(
-        model, batches, pairs, methods, layer, image_size, cam_method, {"init": init, **rules}
-    ):
-        regions = regions_of(chosen)
-        for order, (method, signed) in enumerate(maps):
-            table = relevance_shares(signed, regions)
-            here = table.pop("pair").to_numpy()
-            parts.append(
-                table.assign(method=method, logit=logits[here], place=chosen.index.to_numpy()[here], order=order)
-            )
-    kept = [name for name in pairs if name != "boxes"]
-    columns = [*kept, "method", "logit", "region", "share", "area", "enrichment"]
-    return _in_order(parts, pairs[kept], columns)
+    keys = ["image", "patient", *_pair_keys(pairs)[1:]]
+    values = "threshold iou_lesion iou_background mean_iou empty_mask_iou box_area mask_area logit stable".split()
+    streamed = streamed_maps(
+        model, batches, pairs, methods, layer=layer, image_size=image_size, cam_method=cam_method, init=init, **rules
+    )
+    table = measured(streamed, measure, pairs[keys], [*keys, "method", *values])
+    return table.assign(layer=layer, cam_method=cam_method, rounding=rounding, init=init, **rules)
 
 
 def pair_heatmaps(
@@ -169,86 +124,31 @@ def pair_heatmaps(
     batches: Iterable,
     pairs: pd.DataFrame,
     *,
-    layer: str,
     image_size: int,
     methods: Sequence[str] = METHODS,
-    cam_method: str = "cam",
-    init: str = "one",
-    **rules: str,
+    **options: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The maps to look at, signed and at film size, with the predicted probabilities; arguments as in `attribute`.
+    """The maps to look at, signed and at film size, with the predicted probabilities.
+
+    Parameters
+    ----------
+    model, batches, pairs, image_size, methods, **options
+        As in `attribute`: layer, cam_method, init and the rules.
 
     Returns
     -------
     maps : ndarray, float32 (P, K, S, S)
-        Of the P pairs by the K methods, not scaled. CAM has its positive part only.
+        Of the P pairs by the K methods, not scaled; NaN for a map that was refused. CAM has its positive part only.
     probabilities : ndarray, float64 (P,)
         Sigmoid of the logits; NaN, and maps of zeros, for films that the batches do not bring.
     """
     found = np.zeros((len(pairs), len(methods), image_size, image_size), np.float32)
     probabilities = np.full(len(pairs), np.nan)
-    for chosen, logits, maps in _streamed(
-        model, batches, pairs, methods, layer, image_size, cam_method, {"init": init, **rules}
-    ):
+    for chosen, logits, maps in streamed_maps(model, batches, pairs, methods, image_size=image_size, **options):
         for order, (_, signed) in enumerate(maps):
             found[chosen.index, order] = signed.cpu().numpy()
         probabilities[chosen.index] = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
     return found, probabilities
-
-
-@torch.no_grad()
-def relevance_shares(maps: Tensor | np.ndarray, regions: Regions) -> pd.DataFrame:
-    """Share of each map's positive relevance inside each region, ``sum(R+ M) / sum(R+)``; sums in float64.
-
-    Parameters
-    ----------
-    maps : float (P, H, W), signed
-    regions : mapping of name to bool (P, H, W)
-        They may overlap, and need not cover the film.
-
-    Returns
-    -------
-    DataFrame
-        A row per map and region, maps in their order: pair, region, share, area (share of the film), enrichment (share
-        / area; 1 is what a map without any preference gets). A map without positive relevance, or a region without a
-        pixel, has NaN in share and enrichment.
-
-    Raises
-    ------
-    ValueError
-        Maps that are not finite, or a region of another shape.
-    """
-    maps = torch.as_tensor(maps)
-    if maps.ndim != 3:
-        raise ValueError(f"need maps (P, H, W), got {tuple(maps.shape)}")
-    positive = positive_part(maps).double()
-    total, columns = positive.sum(dim=(1, 2)).cpu().numpy(), []
-    for name, mask in regions.items():
-        mask = torch.as_tensor(mask, dtype=torch.bool, device=maps.device)
-        if mask.shape != maps.shape:
-            raise ValueError(f"region {name!r} has shape {tuple(mask.shape)}, the maps {tuple(maps.shape)}")
-        inside, area = (positive * mask).sum(dim=(1, 2)).cpu().numpy(), mask.double().mean(dim=(1, 2)).cpu().numpy()
-        share = np.divide(inside, total, out=np.full(len(maps), np.nan), where=(total > 0) & (area > 0))
-        columns.append(pd.DataFrame({"pair": np.arange(len(maps)), "region": name, "share": share, "area": area}))
-    table = pd.concat(columns).sort_values("pair", kind="stable", ignore_index=True)
-    return table.assign(enrichment=table["share"] / table["area"].where(table["area"] > 0))
-
-
-def film_regions(
-    boxes: Sequence, image_size: int, lungs: np.ndarray | None = None, *, rounding: str = "outward"
-) -> dict[str, np.ndarray]:
-    """The regions 'boxes', 'lungs' (where masks are given; boxes in them included) and 'outside' (neither), bool (P, S,
-    S) each.
-
-    `boxes` : P arrays (K, 4) in pixels of the film, K may be 0.    `lungs` : bool (P, S, S).
-    """
-    marked = box_masks(boxes, image_size, rounding=rounding)
-    if lungs is None:
-        return {"boxes": marked, "outside": ~marked}
-    lungs = np.asarray(lungs, dtype=bool)
-    if lungs.shape != marked.shape:
-        raise ValueError(f"lungs have shape {lungs.shape}; they must be {marked.shape}, one mask a film at its size")
-    return {"boxes": marked, "lungs": lungs, "outside": ~(marked | lungs)}
 
 
 def iou_means(table: pd.DataFrame, *, n_replicates: int, seed: int = 0) -> pd.DataFrame:
@@ -266,53 +166,24 @@ def iou_means(table: pd.DataFrame, *, n_replicates: int, seed: int = 0) -> pd.Da
     -------
     DataFrame
         reading ('mean_iou': over lesion and background, 'iou_lesion'), class, method, threshold, value, ci_low,
-        ci_high, n (pairs), n_skipped (undefined), floor (the same mean for masks that are empty: 0 for the lesion
-        alone), gain, gain_low, gain_high (value minus floor, pair by pair).
+        ci_high, n (pairs), n_skipped (undefined), n_unstable (of these, maps that were refused), floor (the same mean
+        for masks that are empty: 0 for the lesion alone), gain, gain_low, gain_high (value minus floor, pair by pair).
 
     Raises
     ------
     ValueError
         A pair twice in the table.
     """
-    keys = ["class", "method", "threshold"]
-    _check_once(table)
-    groups = table.groupby(keys, sort=False).ngroup()
-    names = table[keys].groupby(groups).first()
-    parts = []
+    _require_once(table)
+    keys, parts = ["class", "method", "threshold"], []
     for reading in READINGS:
         empty = table["empty_mask_iou"] if reading == "mean_iou" else 0 * table["empty_mask_iou"]
-        means, gains = (
-            mean_intervals(values, groups, table["patient"], n_replicates, seed).set_index("group")
-            for values in (table[reading], table[reading] - empty)
-        )
-        parts.append(
-            names.assign(
-                reading=reading,
-                value=means["point"],
-                ci_low=means["low"],
-                ci_high=means["high"],
-                n=means["n"],
-                n_skipped=means["n_skipped"],
-                floor=means["point"] - gains["point"],
-                gain=gains["point"],
-                gain_low=gains["low"],
-                gain_high=gains["high"],
-            )
-        )
-    columns = [
-        "reading",
-        *keys,
-        "value",
-        "ci_low",
-        "ci_high",
-        "n",
-        "n_skipped",
-        "floor",
-        "gain",
-        "gain_low",
-        "gain_high",
-    ]
-    return pd.concat(parts, ignore_index=True)[columns]
+        means = means_by(table, keys, table[reading], "value ci_low ci_high", n_replicates, seed)
+        gains = means_by(table, keys, table[reading] - empty, "gain gain_low gain_high", n_replicates, seed)
+        means = means.assign(reading=reading, floor=means["value"] - gains["gain"])
+        parts.append(means.join(gains[["gain", "gain_low", "gain_high"]]))
+    columns = "value ci_low ci_high n n_skipped n_unstable floor gain gain_low gain_high".split()
+    return pd.concat(parts, ignore_index=True)[["reading", *keys, *columns]]
 
 
 def iou_differences(table: pd.DataFrame, *, baseline: str = "cam", n_replicates: int, seed: int = 0) -> pd.DataFrame:
@@ -323,129 +194,86 @@ def iou_differences(table: pd.DataFrame, *, baseline: str = "cam", n_replicates:
     DataFrame
         reading, class, method, threshold, difference (method minus baseline), ci_low, ci_high, n.
     """
-    _check_once(table)
-    if baseline not in set(table["method"]):
-        raise ValueError(
-            f"the table has no method {baseline!r}; it has {', '.join(map(str, table['method'].unique()))}"
-        )
-    others, parts = [name for name in table["method"].unique() if name != baseline], []
-    keys = ["patient", *_pair_keys(table), "threshold"]
+    _require_once(table)
+    methods = list(table["method"].unique())
+    if baseline not in methods:
+        raise ValueError(f"the table has no method {baseline!r}; it has {', '.join(map(str, methods))}")
+    columns = "reading class method threshold difference ci_low ci_high n".split()
+    keys, parts = ["patient", *_pair_keys(table), "threshold"], [pd.DataFrame(columns=columns)]
     for reading in READINGS:
         wide = table.pivot(index=keys, columns="method", values=reading).reset_index()
-        groups = wide.groupby(["class", "threshold"], sort=False).ngroup()
-        names = wide[["class", "threshold"]].groupby(groups).first()
-        for method in others:
-            found = mean_intervals(
-                wide[method] - wide[baseline], groups, wide["patient"], n_replicates, seed
-            ).set_index("group")
-            parts.append(
-                names.assign(
-                    reading=reading,
-                    method=method,
-                    difference=found["point"],
-                    ci_low=found["low"],
-                    ci_high=found["high"],
-                    n=found["n"],
-                )
-            )
-    columns = ["reading", "class", "method", "threshold", "difference", "ci_low", "ci_high", "n"]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+        for method in (name for name in methods if name != baseline):
+            values, names = wide[method] - wide[baseline], "difference ci_low ci_high"
+            found = means_by(wide, ["class", "threshold"], values, names, n_replicates, seed)
+            parts.append(found.assign(reading=reading, method=method)[columns])
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def share_means(shares: pd.DataFrame, by: Sequence[str], *, n_replicates: int, seed: int = 0) -> pd.DataFrame:
-    """Mean share of the positive relevance by group (method and region, say), and what it exceeds the share by area by.
+def training_status(
+    images: pd.Series, split: pd.Series, lists: Mapping[str, Collection[str]] | None = None
+) -> pd.Series:
+    """Whether each film was seen when the model was made: 'trained on', 'chosen on' (the epoch), or 'not seen'.
 
     Parameters
     ----------
-    shares : DataFrame
-        Of `look`, with the columns of `by` and patient.
-    by : sequence of str
-    n_replicates, seed : int
-        Of the bootstrap over patients.
+    images : Series of str
+        Names of films, such as a column of `attribute`'s table.
+    split : Series of str, by name of the film
+        'train', 'val' or 'test' in the study, for a model that the study trained.
+    lists : mapping, optional
+        For a model from elsewhere: the names under 'chexnet_train_list' and 'chexnet_val_list', as far as they are
+        known. Without the first, films on neither list are 'unknown'.
 
     Returns
     -------
-    DataFrame
-        The columns of `by`; value, ci_low, ci_high (share); area (mean over the same films), enrichment (value / area);
-        gain (share minus area, film by film), gain_low, gain_high; n (films), n_skipped (no positive relevance, or no
-        such region).
+    Series of str, in the order of `images`.
     """
-    by = list(by)
-    groups = shares.groupby(by, sort=False).ngroup()
-    names = shares[by].groupby(groups).first()
-    patients, known = shares["patient"], shares["share"].notna()
-    value = mean_intervals(shares["share"], groups, patients, n_replicates, seed).set_index("group")
-    gain = mean_intervals(shares["share"] - shares["area"], groups, patients, n_replicates, seed).set_index("group")
-    area = shares["area"].where(known).groupby(groups).mean()
-    return names.assign(
-        value=value["point"],
-        ci_low=value["low"],
-        ci_high=value["high"],
-        area=area,
-        enrichment=value["point"] / area,
-        gain=gain["point"],
-        gain_low=gain["low"],
-        gain_high=gain["high"],
-        n=value["n"],
-        n_skipped=value["n_skipped"],
-    ).reset_index(drop=True)
+    if lists is None:
+        lists = {"chexnet_train_list": split.index[split == "train"], "chexnet_val_list": split.index[split == "val"]}
+    trained, chosen = (set(lists.get(f"chexnet_{part}_list", ())) for part in ("train", "val"))
+    rest = "not seen" if "chexnet_train_list" in lists else "unknown"
+    return images.map(
+        lambda image: "trained on" if image in trained else "chosen on" if image in chosen else rest
+    ).rename("films")
 
 
-def box_gaps(shares: pd.DataFrame, by: Sequence[str], *, n_replicates: int, seed: int = 0) -> pd.DataFrame:
-    """How much denser the positive relevance is in the boxes than in the lungs, film by film: enrichment of the one
-    minus that of the other.
+def iou_by_training(table: pd.DataFrame, status: pd.Series, *, n_replicates: int) -> pd.DataFrame:
+    """`iou_means` with the films that were trained on, chosen on and not seen apart; the class is then 'trained on,
+    Mass', say. `status`: of `training_status`, row by row."""
+    return iou_means(table.assign(**{"class": status + ", " + table["class"]}), n_replicates=n_replicates)
 
-    A map that merely favours lungs is enriched in boxes as well; its gap is not above 0.
 
-    Parameters
-    ----------
-    shares : DataFrame
-        Of `look`, with the columns of `by`, row and patient. Films without boxes, or without lung masks, have no gap.
-    by : sequence of str
-        Without region.
+def means_by(
+    frame: pd.DataFrame, by: Sequence[str], values: pd.Series, names: str, n_replicates: int, seed: int = 0
+) -> pd.DataFrame:
+    """Means of `values`, row by row those of `frame`, with intervals over its column patient, by group of rows.
 
-    Returns
-    -------
-    DataFrame
-        The columns of `by`; gap, gap_low, gap_high, n (films). Empty where no film has both regions.
+    `names` : three names for mean and interval. Returns the columns of `by`, these three, n, n_skipped (NaN), and, if
+    the frame has a column stable, n_unstable (False there); groups in the order of their first rows.
     """
-    by = list(by)
-    wide = shares.pivot(index=[*by, "patient", "row"], columns="region", values="enrichment").reset_index()
-    columns = [*by, "gap", "gap_low", "gap_high", "n"]
-    if not {"boxes", "lungs"} <= set(wide):
-        return pd.DataFrame(columns=columns)
-    wide = wide.dropna(subset=["boxes", "lungs"])
-    if not len(wide):
-        return pd.DataFrame(columns=columns)
-    groups = wide.groupby(by, sort=False).ngroup()
-    found = mean_intervals(wide["boxes"] - wide["lungs"], groups, wide["patient"], n_replicates, seed).set_index(
-        "group"
-    )
-    names = wide[by].groupby(groups).first()
-    return names.assign(gap=found["point"], gap_low=found["low"], gap_high=found["high"], n=found["n"]).reset_index(
-        drop=True
-    )
+    groups = frame.groupby(by, sort=False).ngroup()
+    found = mean_intervals(values, groups, frame["patient"], n_replicates, seed).set_index("group")
+    means = frame[by].groupby(groups).first()
+    means[names.split()] = found[["point", "low", "high"]]
+    means[["n", "n_skipped"]] = found[["n", "n_skipped"]]
+    return means.assign(n_unstable=(~frame["stable"]).groupby(groups).sum()) if "stable" in frame else means
 
 
-def _streamed(
+def streamed_maps(
     model: nn.Module,
     batches: Iterable,
     pairs: pd.DataFrame,
     methods: Sequence[str],
+    *,
     layer: str,
-    size: int,
-    cam_method: str,
-    rules: Mapping[str, str],
+    image_size: int,
+    cam_method: str = "cam",
+    **rules: str,
 ) -> Iterator[tuple[pd.DataFrame, np.ndarray, Iterator[tuple[str, Tensor]]]]:
-    """Pairs, at most as many as a batch has films, indexed by their place in `pairs`; their logits; and (method, maps
-    (P, S, S)) one by one."""
-    if not len(pairs):
-        raise ValueError(
-            "no pair of film and class to attribute: the release has no boxes of these classes on the chosen films "
-            "(see BBox_List_2017.csv and `annotated`)"
-        )
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not len(methods):
+    """Pairs, at most as many as a batch has films, indexed by their place in `pairs`; their logits; and (method, signed
+    maps (P, S, S)) one by one. Arguments and errors as in `attribute`."""
+    _require_pairs(pairs)
+    if not len(methods) or not set(methods) <= set(METHODS):
         raise ValueError(f"methods are {list(methods)}; choose from {', '.join(METHODS)}")
     head = getattr(model, "head", None)
     if "cam" in methods and not isinstance(head, nn.Linear):
@@ -453,44 +281,60 @@ def _streamed(
             f"{type(model).__name__} has no linear layer `head` after average pooling, which CAM needs; choose "
             "methods lrp and rap"
         )
+
+    def maps_of(batch, output, position, classes):
+        films = batch.images[position.to(batch.images.device)] if set(methods) - {"cam"} else None
+        for method in methods:
+            if method == "cam":
+                raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, cam_method)
+                yield method, cam.resize(raw.clamp(min=0), image_size)
+            else:
+                yield method, heatmaps(model, films, classes.to(films.device), method, **rules).detach()
+
     by_row = dict(list(pairs.reset_index(drop=True).groupby("row")))
     for batch in batches:
-        found = [
-            (position, by_row[row]) for position, row in enumerate(np.asarray(batch.rows).tolist()) if row in by_row
-        ]
+        found = [(place, by_row[row]) for place, row in enumerate(np.asarray(batch.rows).tolist()) if row in by_row]
         if not found:
             continue
         [output] = stream(model, [batch], [layer] if "cam" in methods else [])
         here = pd.concat([part for _, part in found])
-        positions = torch.tensor([position for position, part in found for _ in range(len(part))])
+        positions = torch.tensor([place for place, part in found for _ in range(len(part))])
         for start in range(0, len(here), len(batch.images)):
-            chosen, position = (
-                here.iloc[start : start + len(batch.images)],
-                positions[start : start + len(batch.images)],
-            )
-            classes = torch.tensor(chosen["output"].to_numpy())
+            few = slice(start, start + len(batch.images))
+            chosen, position, classes = here.iloc[few], positions[few], torch.tensor(here["output"].to_numpy()[few])
             logits = output.logits.cpu()[position, classes].numpy()
-            yield (
-                chosen,
-                logits,
-                _each_method(
-                    model, batch.images, output, head, position, classes, methods, layer, size, cam_method, rules
-                ),
-            )
+            yield chosen, logits, maps_of(batch, output, position, classes)
 
 
-def _each_method(model, images, output, head, position, classes, methods, layer, size, cam_method, rules):
-    films = images[position.to(images.device)] if set(methods) - {"cam"} else None
-    for method in methods:
-        if method == "cam":
-            raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, cam_method)
-            yield method, cam.resize(raw.clamp(min=0), size)
-        else:
-            yield method, heatmaps(model, films, classes.to(images.device), method, **rules).detach()
+def measured(
+    streamed: Iterable,
+    measure: Callable[[pd.DataFrame], Callable[[Tensor], pd.DataFrame]],
+    named: pd.DataFrame,
+    columns: list[str],
+) -> pd.DataFrame:
+    """A table of all maps, in the order of the pairs, whatever that of the batches.
 
-
-def _in_order(parts: list[pd.DataFrame], named: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """The parts in the order of the pairs, whatever that of the batches, with the names of each pair in front."""
+    Parameters
+    ----------
+    streamed : of `streamed_maps`.
+    measure : callable
+        Given some pairs, a function of their maps (P, S, S) to a frame in which `pair`, 0..P-1, says whose row it is.
+    named : DataFrame
+        What to say of each pair, in front.
+    columns : list of str
+        Of the table; `method`, `logit` and `stable` are among those to choose from. A map that is NaN all over is not
+        stable: what a row says of the map itself is then NaN.
+    """
+    parts = []
+    for chosen, logits, maps in streamed:
+        measure_maps = measure(chosen)
+        for order, (method, signed) in enumerate(maps):
+            refused = signed.isnan().flatten(1).all(1)
+            table = measure_maps(signed.masked_fill(refused[:, None, None], 0))
+            here, refused = table.pop("pair").to_numpy(), refused.cpu().numpy()
+            table.loc[refused[here], table.columns.intersection(_OF_MAPS)] = np.nan
+            known = {"method": method, "logit": logits[here], "stable": ~refused[here]}
+            parts.append(table.assign(**known, place=chosen.index.to_numpy()[here], order=order))
     if not parts:
         return pd.DataFrame(columns=columns)
     table = pd.concat(parts).sort_values(["place", "order"], kind="stable")
@@ -502,7 +346,15 @@ def _pair_keys(table: pd.DataFrame) -> list[str]:
     return ["image", "class", *(["box"] if "box" in table else [])]
 
 
-def _check_once(table: pd.DataFrame) -> None:
+def _require_pairs(pairs: pd.DataFrame) -> None:
+    if not len(pairs):
+        raise ValueError(
+            "no pair of film and class to attribute: the release has no boxes of these classes on the chosen films "
+            "(see BBox_List_2017.csv and `annotated`)"
+        )
+
+
+def _require_once(table: pd.DataFrame) -> None:
     keys = [*_pair_keys(table), "method", "threshold"]
     twice = table[table.duplicated(keys)]
     if len(twice):

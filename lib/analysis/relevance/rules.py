@@ -1,9 +1,11 @@
 """Rules of LRP (alpha 1, beta 0) and RAP (Nam & Lee, eq. 2 to 6) as zennit hooks, usable in any zennit composite.
 
-Biases take no part in any denominator. Relevance that meets the denominator 0 is dropped (LRP), and counted.
+Those that zennit has too carry its names. Biases take no part in any denominator. Relevance that meets the denominator
+0 is dropped (LRP), and counted.
 """
 
 import copy
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -13,8 +15,8 @@ from zennit.core import Hook
 
 SUPPORTED = (
     "Conv2d, Linear, BatchNorm, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, Identity, Flatten, and as "
-    "functions relu, "
-    "dropout, the same pools, mean over height and width, flatten(1), + of two equal shapes, and cat of channels"
+    "functions relu, dropout, the same pools, mean over height and width, flatten(1), + of two equal shapes, and cat "
+    "of channels"
 )
 
 
@@ -29,11 +31,11 @@ class Pooled(nn.Module):
     the positive part of the joint weights is the pooling of the positive part of the convolution's.
     """
 
-    def __init__(self, layer, pool):
+    def __init__(self, layer: nn.Module, pool: nn.Module):
         super().__init__()
         self.layer, self.pool = layer, pool
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.layer(x))
 
 
@@ -51,25 +53,34 @@ class _Link(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, relevance):
-        return None, None, None, *ctx.rule.backward(ctx.module, ctx.saved_tensors or ctx.shapes, relevance)
+        dtype = ctx.rule.dtype or relevance.dtype
+        inputs = [x.to(dtype) for x in ctx.saved_tensors]
+        return None, None, None, *ctx.rule.backward(ctx.module, inputs or ctx.shapes, relevance.to(dtype))
 
 
 class Rule(Hook):
     """How one module hands the relevance of its output to its inputs; a zennit hook.
 
-    Unlike zennit's own hooks it leaves the module's gradient out (half of the work) and copies no input. `distribute`
-    returns the relevance of each input and, for each film, the relevance that was dropped because its denominator is 0.
-    With a `ledger` (a list), each pass appends (label, rule, relevance of the output, of the inputs, dropped, sum of
-    absolute values), float64 (B,) each.
+    Unlike zennit's own hooks it leaves the module's gradient out (half of the work) and copies no input.
+
+    Attributes
+    ----------
+    label : str
+        Name of the layer, for messages.
+    ledger : list, optional
+        Each pass appends (label, rule, relevance of the output, of the inputs, dropped, sum of absolute values,
+        `rounding`), the last five float64 (B,).
+    dtype : torch.dtype, optional
+        Precision in which relevance is handed on; by default that of the forward pass.
     """
 
     needs_inputs = True
 
     def __init__(self):
         super().__init__()
-        self.label, self.ledger = "", None
+        self.label, self.ledger, self.dtype = "", None, None
 
-    def copy(self):
+    def copy(self) -> "Rule":
         new = copy.copy(self)
         Hook.__init__(new)
         return new
@@ -85,14 +96,23 @@ class Rule(Hook):
         shares, dropped = self.distribute(module, inputs, relevance)
         if self.ledger is not None:
             out, into, mass = sums(relevance), sum(map(sums, shares)), sum(sums(share.abs()) for share in shares)
-            self.ledger.append((self.label, type(self).__name__, out, into, dropped, mass + out.abs()))
+            rounding = self.rounding(module, inputs, relevance)
+            self.ledger.append((self.label, type(self).__name__, out, into, dropped, mass + out.abs(), rounding))
         return shares
 
-    def distribute(self, module, inputs, relevance) -> tuple[tuple[Tensor, ...], Tensor]:
+    def distribute(
+        self, module: nn.Module, inputs: Sequence[Tensor], relevance: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The relevance of each input, and of each film what is dropped because its denominator is 0, float64 (B,)."""
         raise NotImplementedError
 
+    def rounding(self, module: nn.Module, inputs: Sequence[Tensor], relevance: Tensor) -> Tensor:
+        """Share of the relevance handed on that may be rounding error of a denominator, float64 (B,); 0 where all terms
+        of the denominators have one sign."""
+        return _nothing(relevance)
 
-class PassOn(Rule):
+
+class Pass(Rule):
     """ReLU, BatchNorm, Flatten: relevance stays where it is."""
 
     needs_inputs = False
@@ -101,7 +121,7 @@ class PassOn(Rule):
         return (relevance.reshape(inputs[0]),), _nothing(relevance)
 
 
-class Split(Rule):
+class Concat(Rule):
     """Concatenation: each input takes its own channels."""
 
     needs_inputs = False
@@ -110,7 +130,7 @@ class Split(Rule):
         return relevance.split([shape[module.dim] for shape in inputs], module.dim), _nothing(relevance)
 
 
-class Winner(Rule):
+class WinnerTakeAll(Rule):
     """Max pooling: all relevance of a window to its largest element (the first of equals)."""
 
     def distribute(self, module, inputs, relevance):
@@ -118,27 +138,25 @@ class Winner(Rule):
         return torch.autograd.grad(_total(module.forward, parts), parts, relevance), _nothing(relevance)
 
 
-class Proportional(Rule):
-    """Average pooling, means: R_i = x_i / sum(x) R_j over the window."""
+class Norm(Rule):
+    """Average pooling, means and residual sums: R_i = x_i / sum(x) R_j, signed, over the window or the two addends."""
 
     def distribute(self, module, inputs, relevance):
-        parts = _leaves(inputs[0])
-        total = _total(module.forward, parts)  # not module(x), which would run this hook again
-        quotient, dropped = _divide(relevance, total.detach(), signed=True)
-        return (_carry([total], parts, [quotient]),), dropped
-
-
-class Addends(Rule):
-    """Residual addition: R_a = a / (a + b) R, signed."""
-
-    def distribute(self, module, inputs, relevance):
-        if inputs[0].shape != inputs[1].shape:
+        if len({x.shape for x in inputs}) > 1:
             raise RelevanceError(
-                f"{self.label} adds tensors of shapes {tuple(inputs[0].shape)} and {tuple(inputs[1].shape)}; "
-                f"only equal shapes have a rule. Supported: {SUPPORTED}"
+                f"{self.label} adds tensors of shapes {' and '.join(str(tuple(x.shape)) for x in inputs)}; only equal "
+                f"shapes have a rule. Supported: {SUPPORTED}"
             )
-        quotient, dropped = _divide(relevance, inputs[0] + inputs[1], signed=True)
-        return tuple(x * quotient for x in inputs), dropped
+        parts = _leaves(*inputs)
+        with torch.enable_grad():
+            total = module.forward(*parts)  # not module(x), which would run this hook again
+        quotient, dropped = _divide(relevance, total.detach(), signed=True)
+        return _shares([total], parts, [quotient]), dropped
+
+    def rounding(self, module, inputs, relevance):
+        cancelled = _divide(module.forward(*(x.abs() for x in inputs)), module.forward(*inputs).abs_())[0]
+        handed = (relevance * cancelled).abs_()
+        return torch.finfo(handed.dtype).eps * sums(handed * cancelled) / sums(handed)
 
 
 class _Weighted(Rule):
@@ -149,13 +167,15 @@ class _Weighted(Rule):
         super().__init__()
         self.scale = scale
 
-    def weight(self, module):
+    def weight(self, module: nn.Module) -> Tensor:
         layer = module.layer if isinstance(module, Pooled) else module
         weight = layer.weight.detach()
-        return weight if self.scale is None else weight * self.scale.reshape(-1, *[1] * (weight.ndim - 1))
+        if self.scale is not None:
+            weight = weight * self.scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return weight.to(self.dtype or weight.dtype)
 
 
-class PositiveShare(_Weighted):
+class ZPlus(_Weighted):
     """LRP alpha 1, beta 0: R_i = sum_j z+_ij / (sum_i z+_ij) R_j, z+ = x+ w+ + x- w- (Nam & Lee, eq. 2).
 
     Both signs of the input share one denominator; where no input is negative the second product is not computed.
@@ -165,10 +185,10 @@ class PositiveShare(_Weighted):
         parts = _signs(inputs[0])
         total = _positive(module, parts, self.weight(module))
         quotient, dropped = _divide(relevance, total.detach())
-        return (_carry([total], parts, [quotient]),), dropped
+        return (_redistributed([total], parts, [quotient]),), dropped
 
 
-class BoxShare(_Weighted):
+class ZBox(_Weighted):
     """z^B rule of the layer that sees the film: R_i = sum_j (x w - l w+ - h w-)_ij / (sum_i of the same) R_j.
 
     Written as (x - l) w+ + (x - h) w-: no term is negative and nothing cancels. `bounds` are (low, high), numbers or
@@ -185,7 +205,7 @@ class BoxShare(_Weighted):
         parts = _leaves(x - low, x - high)
         total = _positive(module, parts, self.weight(module))
         quotient, dropped = _divide(relevance, total.detach())
-        return (_carry([total], parts, [quotient]),), dropped
+        return (_redistributed([total], parts, [quotient]),), dropped
 
 
 class AbsoluteInfluence(_Weighted):
@@ -199,14 +219,13 @@ class AbsoluteInfluence(_Weighted):
     def distribute(self, module, inputs, relevance):
         parts = _leaves(inputs[0])
         total = _total(_linear_map(module), parts, [self.weight(module)])
-        influence = _carry(
-            [total], parts, [relevance]
-        ).abs()  # one logit of a film has relevance: its constant factor cancels
+        # One logit of a film has relevance: its constant factor cancels.
+        influence = _redistributed([total], parts, [relevance]).abs()
         quotient, dropped = _divide(sums(relevance)[:, None], sums(influence)[:, None])
         return (influence * _as_film(quotient, influence),), dropped
 
 
-class RelativeShare(_Weighted):
+class RelativeInfluence(_Weighted):
     """RAP's later steps (Nam & Lee, eq. 5 and 6), where a and b are the sums of positive and of negative contributions
     (absolute).
 
@@ -228,7 +247,7 @@ class RelativeShare(_Weighted):
         if self.authors:
             through_a = relevance.clamp(min=0)
             through_b = through_b + _divide(relevance.clamp(max=0), b)[0]
-        spread = _carry([positive, negative], parts, [_divide(through_a, a)[0], through_b])
+        spread = _redistributed([positive, negative], parts, [_divide(through_a, a)[0], through_b])
         idle = spread == 0
         surplus, count = sums(spread) - sums(relevance), spread[0].numel() - idle.flatten(1).sum(1, dtype=torch.int32)
         shift = torch.where(count > 0, surplus / count.clamp(min=1), 0)
@@ -254,21 +273,21 @@ def _total(apply, parts, weights=None):
         return reduce(torch.add, map(apply, parts, *([weights] if weights else [])))
 
 
-def _carry(totals, parts, quotients):
-    """Quotients of the outputs back to the input: sum over the parts x of x times the transposed maps of the
-    quotients."""
+def _shares(totals, parts, quotients):
+    """What each part x of the input takes: x times the transposed maps of the quotients."""
     gradients = torch.autograd.grad(totals, parts, quotients)
-    return reduce(torch.add, (x.detach() * gradient for x, gradient in zip(parts, gradients, strict=True)))
+    return tuple(x.detach() * gradient for x, gradient in zip(parts, gradients, strict=True))
+
+
+def _redistributed(totals, parts, quotients):
+    return reduce(torch.add, _shares(totals, parts, quotients))
 
 
 def _divide(relevance, denominator, signed=False):
     """Quotient, 0 where the denominator is 0, and for each film the relevance lost there; subnormal counts as 0, it
     would overflow."""
-    quotient, size, tiny = (
-        relevance / denominator,
-        denominator.abs() if signed else denominator,
-        torch.finfo(denominator.dtype).tiny,
-    )
+    quotient, size = relevance / denominator, denominator.abs() if signed else denominator
+    tiny = torch.finfo(denominator.dtype).tiny
     if size.amin() >= tiny:
         return quotient, _nothing(relevance)
     dead = size < tiny
@@ -285,7 +304,8 @@ def _linear_map(module):
     return lambda x, weight: F.conv2d(x, weight, None, module.stride, module.padding, module.dilation, module.groups)
 
 
-def sums(values):
+def sums(values: Tensor) -> Tensor:
+    """Sum of each film's values, float64 (B,)."""
     return values.flatten(1).sum(1).double()
 
 

@@ -10,13 +10,15 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from lib.analysis.relevance.rules import SUPPORTED, Addends, PassOn, Pooled, Proportional, RelevanceError, Split, Winner
+from lib.analysis.relevance.rules import SUPPORTED, Concat, Norm, Pass, Pooled, RelevanceError, WinnerTakeAll
 
 
-class _Add(nn.Module):
-    def forward(self, a, b):
+class Add(nn.Module):
+    """A residual sum."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
 
@@ -42,15 +44,16 @@ class Steps(nn.Module):
     """Modules in order; step k reads the values `sources[k]`, of which 0 is the films and k + 1 the output of step
     k."""
 
-    def __init__(self, labels, modules, sources):
+    def __init__(self, labels: list[str], modules: list[nn.Module], sources: list[list[int]]):
         super().__init__()
         self.labels, self.sources = labels, sources
         self.steps = nn.ModuleList(modules)
 
-    def readers(self, value):
+    def readers(self, value: int) -> list[int]:
+        """The steps that read a value."""
         return [k for k, sources in enumerate(self.sources) if value in sources]
 
-    def forward(self, films):
+    def forward(self, films: Tensor) -> Tensor:
         values, left = {0: films}, Counter(source for sources in self.sources for source in sources)
         for k, module in enumerate(self.steps):
             values[k + 1] = module(*(values[source] for source in self.sources[k]))
@@ -64,11 +67,10 @@ class Steps(nn.Module):
 MAPS, POOLS, NORMS = (nn.Conv2d, nn.Linear), (nn.AvgPool2d, nn.AdaptiveAvgPool2d), (nn.BatchNorm1d, nn.BatchNorm2d)
 SKIPPED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 RULES = {
-    **dict.fromkeys((nn.ReLU, nn.Flatten, *NORMS), PassOn),
-    **dict.fromkeys((_Mean, *POOLS), Proportional),
-    nn.MaxPool2d: Winner,
-    _Add: Addends,
-    _Cat: Split,
+    **dict.fromkeys((nn.ReLU, nn.Flatten, *NORMS), Pass),
+    **dict.fromkeys((Add, _Mean, *POOLS), Norm),
+    nn.MaxPool2d: WinnerTakeAll,
+    _Cat: Concat,
 }
 
 
@@ -86,15 +88,12 @@ def _flatten(x, start_dim=0, end_dim=-1):
 
 
 def _mean(x, dim=None, keepdim=False):
-    return (
-        (_Mean(tuple(dim), keepdim), [x])
-        if isinstance(dim, tuple | list) and tuple(dim) in ((2, 3), (-2, -1))
-        else None
-    )
+    dim = tuple(dim) if isinstance(dim, tuple | list) else dim
+    return (_Mean(dim, keepdim), [x]) if dim in ((2, 3), (-2, -1)) else None
 
 
 def _add(a, b, alpha=1):
-    return (_Add(), [a, b]) if isinstance(a, fx.Node) and isinstance(b, fx.Node) and alpha == 1 else None
+    return (Add(), [a, b]) if isinstance(a, fx.Node) and isinstance(b, fx.Node) and alpha == 1 else None
 
 
 def _cat(tensors, dim=0):
@@ -118,54 +117,51 @@ FUNCTIONS = {
 }
 
 
-def follow(model):
-    """The model's forward as `Steps`, which share its weights and nothing else; its operations without a rule are
-    refused by name."""
+def follow(model: nn.Module) -> Steps:
+    """The model's forward as `Steps`, which share its weights and nothing else.
+
+    Raises
+    ------
+    RelevanceError
+        Operations without a rule, by name, or a forward that torch.fx cannot follow.
+    """
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # forward may do anything with the placeholder it is traced with
         raise RelevanceError(
             f"the forward of {type(model).__name__} cannot be followed, because it depends on the films' values or "
-            "shapes "
-            f"or calls what torch.fx does not know ({type(error).__name__}: {error}). Supported: {SUPPORTED}"
+            f"shapes or calls what torch.fx does not know ({type(error).__name__}: {error}). Supported: {SUPPORTED}"
         ) from error
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    value_of, labels, modules, sources, refused = {}, [], [], [], []
-    for node in graph.nodes:
+    *nodes, output = graph.nodes
+    value_of, steps, refused = {}, [], []
+    for node in nodes:
         if node.op == "placeholder":
-            if node.users:
-                value_of[node] = 0
+            value_of |= {node: 0} if node.users else {}
             continue
-        if node.op == "output":
-            break
         label, found = _translate(model, node)
         if found is None or set(found[1]) != set(node.all_input_nodes):
             refused.append(label)
             value_of[node] = -1
             continue
-        module, read = found
-        read = [value_of[source] for source in read]
-        if module is None:
-            value_of[node] = read[0]
-            continue
-        labels.append(label)
-        modules.append(module)
-        sources.append(read)
-        value_of[node] = len(modules)
+        module, read = found[0], [value_of[source] for source in found[1]]
+        if module is not None:
+            steps.append((label, module, read))
+        value_of[node] = read[0] if module is None else len(steps)
     if refused:
         shown = list(dict.fromkeys(refused))
+        more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
         raise RelevanceError(
-            f"no relevance rule for {'; '.join(shown[:5])}{f' and {len(shown) - 5} more' if len(shown) > 5 else ''}. "
-            f"Supported: {SUPPORTED}. A sigmoid or softmax at the end must go: relevance starts at the logit"
+            f"no relevance rule for {'; '.join(shown[:5])}{more}. Supported: {SUPPORTED}. A sigmoid or softmax at the "
+            "end must go: relevance starts at the logit"
         )
-    result = node.args[0]
+    result = output.args[0]
     films = [value for source, value in value_of.items() if source.op == "placeholder"]
-    if not isinstance(result, fx.Node) or value_of[result] != len(modules) or len(films) != 1 or not modules:
+    if not isinstance(result, fx.Node) or value_of[result] != len(steps) or len(films) != 1 or not steps:
         raise RelevanceError(f"{type(model).__name__} must map one tensor of films to one tensor of logits")
-    for name, times in Counter(labels).items():
-        if times > 1:
-            for use, k in enumerate([k for k, label in enumerate(labels) if label == name], 1):
-                labels[k] = f"{name} (use {use})"
+    labels, modules, sources = map(list, zip(*steps, strict=True))
+    uses = [(label, labels[: k + 1].count(label), labels.count(label)) for k, label in enumerate(labels)]
+    labels = [f"{label} (use {use})" if times > 1 else label for label, use, times in uses]
     return _fuse_pools(Steps(labels, modules, sources))
 
 
@@ -218,12 +214,8 @@ def _fuse_pools(steps):
     labels, modules, sources, now_at = [], [], [], {0: 0}
     for k, module in enumerate(steps.steps):
         before = steps.sources[k][0] - 1
-        if (
-            type(module) in (_Mean, *POOLS)
-            and before >= 0
-            and _is_pointwise(steps.steps[before])
-            and steps.readers(before + 1) == [k]
-        ):
+        alone = before >= 0 and steps.readers(before + 1) == [k]
+        if type(module) in (_Mean, *POOLS) and alone and _is_pointwise(steps.steps[before]):
             at = now_at[before + 1] - 1
             labels[at], modules[at] = f"{labels[at]} + {steps.labels[k]}", Pooled(modules[at], module)
             now_at[k + 1] = at + 1
@@ -236,8 +228,6 @@ def _fuse_pools(steps):
 
 
 def _is_pointwise(module):
-    return (
-        type(module) is nn.Conv2d
-        and set(module.kernel_size) == set(module.stride) == {1}
-        and (module.padding in ("same", "valid") or set(module.padding) == {0})
-    )
+    if type(module) is not nn.Conv2d or not set(module.kernel_size) == set(module.stride) == {1}:
+        return False
+    return module.padding in ("same", "valid") or set(module.padding) == {0}

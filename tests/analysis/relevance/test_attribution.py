@@ -1,5 +1,3 @@
-from collections import OrderedDict
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,91 +5,22 @@ import torch
 from torch import nn
 
 from lib.analysis.pairs import box_pairs
-from lib.analysis.relevance import attribution, heatmaps
+from lib.analysis.relevance import attribution
 from lib.analysis.relevance.attribution import (
     attribute,
-    box_gaps,
-    film_regions,
+    conservation_summary,
+    iou_by_training,
     iou_differences,
     iou_means,
-    look,
     pair_heatmaps,
-    relevance_shares,
-    share_means,
+    training_status,
 )
+from lib.analysis.relevance.heatmaps import conservation
 from lib.analysis.statistics import mean_interval, paired_difference
-from lib.data.batches import Batch
-from tests.analysis import reference_cam, reference_localization
+from tests.analysis import reference_localization
+from tests.analysis.relevance.small_study import CLASSES, SIZE, N, batches, made_up, slow_map
 
-SIZE, CLASSES, N = 24, ["Atelectasis", "Effusion", "Mass"], 9
 THRESHOLDS = (0.1, 0.3, 0.5)
-
-
-class Small(nn.Module):
-    """A classifier of 24 px films with 4 maps of 6 x 6."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = nn.Sequential(
-            OrderedDict(
-                first=nn.Conv2d(3, 4, 5, stride=2, padding=2),
-                second=nn.Conv2d(4, 4, 3, stride=2, padding=1),
-                relu=nn.ReLU(),
-            )
-        )
-        self.head = nn.Linear(4, len(CLASSES))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-    def forward(self, films):
-        return self.head(self.trunk(films).mean((2, 3)))
-
-
-def made_up(model, films, classes, method="lrp", *, init="one"):
-    """Signed maps that depend on the film, the class, the method and nothing else."""
-    assert not model.training and len(films) == len(classes) and init in ("one", "logit")
-    weight = {"lrp": 1.0, "rap": -0.7}[method] * (1 + classes.double()) * (2 if init == "logit" else 1)
-    return (films.double().sum(1) * weight[:, None, None] + films.double()[:, 0].square() - 1).float().requires_grad_()
-
-
-@pytest.fixture
-def study(monkeypatch):
-    """Model, images, films, pairs. Films 0 and 1 have no box; film 2 has several classes and one of two boxes."""
-    monkeypatch.setattr(attribution, "heatmaps", made_up)
-    rng = np.random.default_rng(3)
-    films = pd.DataFrame(
-        {"image": [f"{i:08d}_000.png" for i in range(N)], "patient": [str(i // 2) for i in range(N)]},
-        index=rng.permutation(50)[:N],
-    )
-    named = [(2, "Mass"), (2, "Mass"), (2, "Effusion"), (2, "Atelectasis")] + [(k, CLASSES[k % 3]) for k in range(3, N)]
-    corner, extent = rng.uniform(-2, 14, (len(named), 2)), rng.uniform(4, 12, (len(named), 2))
-    boxes = pd.DataFrame(
-        [(films["image"].iloc[k], name, *a, *(a + b)) for (k, name), a, b in zip(named, corner, extent)],
-        columns=["image", "class", "x1", "y1", "x2", "y2"],
-    )
-    images = torch.from_numpy(rng.normal(size=(N, 3, SIZE, SIZE)).astype(np.float32))
-    return Small().eval(), images, films, box_pairs(films, boxes, CLASSES), boxes
-
-
-def batches(study, size=4, order=None):
-    _, images, films, *_ = study
-    order = np.arange(N) if order is None else order
-    for k in range(0, N, size):
-        yield Batch(torch.from_numpy(films.index.to_numpy()[order[k : k + size]]), images[order[k : k + size]], None)
-
-
-def slow_map(study, pair, method, init="one"):
-    """The signed map of one pair, float64, at film size."""
-    model, images, films, *_ = study
-    film = images[[films.index.get_loc(pair.row)]]
-    if method != "cam":
-        return made_up(model, film, torch.tensor([pair.output]), method, init=init)[0].detach().double().numpy()
-    with torch.no_grad():
-        maps = model.trunk(film)[0]
-    head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
-    return reference_localization.resized(np.maximum(reference_cam.raw_map(maps, head, pair.output, "cam"), 0), SIZE)
 
 
 def unit(signed):
@@ -119,6 +48,7 @@ def test_ious_equal_a_loop_over_pairs(study, options):
         "box_area",
         "mask_area",
         "logit",
+        "stable",
         "layer",
         "cam_method",
         "rounding",
@@ -206,7 +136,7 @@ def test_wrong_requests_are_refused_before_the_work(study):
     with pytest.raises(ValueError, match=r"methods are \['cam', 'gradcam'\]; choose from cam, lrp, rap"):
         attribute(model, never(), pairs, methods=["cam", "gradcam"], **options)
     with pytest.raises(ValueError, match="choose from"):
-        look(model, never(), pairs, None, methods=[], **options)
+        attribute(model, never(), pairs, methods=[], **options)
     headless = nn.Sequential(model.trunk, nn.Flatten(), nn.Linear(4 * 36, 3))
     with pytest.raises(ValueError, match="Sequential has no linear layer `head` .* choose methods lrp and rap"):
         pair_heatmaps(headless, never(), pairs, **options)
@@ -239,6 +169,102 @@ def test_maps_to_look_at(study):
     assert not absent.any() and np.isnan(none).all()
 
 
+def test_a_refused_map_has_no_value_and_is_counted(study, monkeypatch):
+    """A map that `heatmaps` refuses is NaN all over; a map that merely holds a NaN is a fault and stays one."""
+    model, images, films, pairs, _ = study
+    refused = pairs.iloc[[4, 7]]
+    hidden = [images[films.index.get_loc(row)] for row in refused["row"]]
+
+    def some_refused(model, films, classes, method="lrp", **options):
+        maps = made_up(model, films, classes, method, **options).detach()
+        for k, film in enumerate(films):
+            if method == "rap" and any(torch.equal(film, other) for other in hidden):
+                maps[k] = torch.nan
+        return maps
+
+    options = {"layer": "trunk", "image_size": SIZE, "thresholds": THRESHOLDS}
+    whole = attribute(model, batches(study), pairs, **options)
+    assert whole["stable"].all() and iou_means(whole, n_replicates=0)["n_unstable"].eq(0).all()
+    monkeypatch.setattr(attribution, "heatmaps", some_refused)
+    table = attribute(model, batches(study), pairs, **options)
+    gone = (table["method"] == "rap") & table["image"].isin(refused["image"])
+    assert gone.sum() == 2 * len(THRESHOLDS) and (table["stable"] == ~gone).all()
+    of_map = ["iou_lesion", "iou_background", "mean_iou", "mask_area"]
+    assert table.loc[gone, of_map].isna().all(axis=None)
+    expected = whole.assign(stable=~gone)
+    expected.loc[gone, of_map] = np.nan
+    pd.testing.assert_frame_equal(table, expected)
+    means = iou_means(table, n_replicates=0)
+    assert means.loc[means["method"] == "rap", "n_unstable"].sum() == 2 * len(THRESHOLDS) * 2
+    assert (means["n_unstable"] <= means["n_skipped"]).all() and (
+        means.query("method != 'rap'")["n_unstable"] == 0
+    ).all()
+    paired = iou_differences(table, n_replicates=0).groupby("method")["n"].sum()
+    assert paired["lrp"] - paired["rap"] == 2 * len(THRESHOLDS) * 2
+    maps, probabilities = pair_heatmaps(model, batches(study), pairs, layer="trunk", image_size=SIZE)
+    expected = np.zeros(maps.shape[:2], bool)
+    expected[[4, 7], 2] = True
+    assert (np.isnan(maps).all((2, 3)) == expected).all() and (np.isnan(maps).any((2, 3)) == expected).all()
+    assert np.isfinite(probabilities).all()
+
+    def with_a_hole(*args, **options):
+        maps = made_up(*args, **options).detach()
+        maps[0, 0, 0] = torch.nan
+        return maps
+
+    monkeypatch.setattr(attribution, "heatmaps", with_a_hole)
+    with pytest.raises(ValueError, match=r"map \[0\] holds NaN"):
+        attribute(model, batches(study), pairs, **options)
+
+
+def test_conservation_in_short(study):
+    model, *_, pairs, _ = study
+    batch = next(iter(batches(study, 4, np.arange(2, N))))
+    short = conservation_summary(model, batch, pairs, batchnorm="merge")
+    classes = torch.tensor([pairs.loc[pairs["row"] == row, "output"].iloc[0] for row in batch.rows.tolist()])
+    assert list(short.index) == ["lrp", "rap"]
+    for method, row in short.iterrows():
+        frame = conservation(model, batch.images, classes, method, batchnorm="merge")
+        assert row.tolist() == [frame["layer"].nunique(), frame["ratio"].min(), frame["ratio"].max()]
+    with pytest.raises(ValueError, match="no pair of film and class"):
+        conservation_summary(model, batch, pairs.head(0))
+
+
+def test_films_seen_in_training():
+    split = pd.Series({"a": "train", "b": "val", "c": "test", "d": "test"})
+    images = pd.Series(["c", "a", "b", "a", "elsewhere"], index=range(5, 10))
+    told = training_status(images, split)
+    assert told.tolist() == ["not seen", "trained on", "chosen on", "trained on", "not seen"]
+    assert told.index.equals(images.index)
+    listed = {"chexnet_train_list": ["c"], "chexnet_val_list": {"a"}}
+    assert training_status(images, split, listed).tolist() == [
+        "trained on",
+        "chosen on",
+        "not seen",
+        "chosen on",
+        "not seen",
+    ]
+    del listed["chexnet_train_list"]  # then nobody knows of the films on neither list
+    assert training_status(images, split, listed).tolist() == [
+        "unknown",
+        "chosen on",
+        "unknown",
+        "chosen on",
+        "unknown",
+    ]
+    assert training_status(images, split, {}).eq("unknown").all()
+
+
+def test_means_by_training(records):
+    status = records["image"].map(lambda image: "trained on" if int(image[:-4]) < 10 else "not seen")
+    found = iou_by_training(records, status, n_replicates=0)
+    assert set(found["class"]) == {f"{said}, {name}" for said in ("trained on", "not seen") for name in CLASSES[:2]}
+    row = found.query("`class` == 'trained on, Effusion' and method == 'lrp' and threshold == 0.1").set_index("reading")
+    part = records[status.eq("trained on") & records["class"].eq("Effusion") & records["method"].eq("lrp")]
+    part = part[part["threshold"] == 0.1]
+    assert row.loc["iou_lesion", "value"] == pytest.approx(part["iou_lesion"].mean()) and row["n"].tolist() == [5, 5]
+
+
 def test_with_the_true_relevance(study, monkeypatch):
     monkeypatch.undo()
     model, *_, pairs, _ = study
@@ -253,114 +279,6 @@ def test_with_the_true_relevance(study, monkeypatch):
     np.testing.assert_array_equal(
         lrp, [(attribution.positive_part(torch.from_numpy(m)) >= 0.1).double().mean() for m in maps[:, 0]]
     )
-
-
-# --- where the relevance lies
-
-
-def test_shares_equal_a_loop_over_pixels():
-    rng = np.random.default_rng(0)
-    maps = rng.normal(size=(4, 7, 5)).astype(np.float32)
-    maps[2] = -np.abs(maps[2])
-    regions = {"first": rng.random(maps.shape) < 0.3, "second": rng.random(maps.shape) < 0.6}
-    regions["first"][3] = False
-    table = relevance_shares(torch.from_numpy(maps), regions)
-    assert list(table.columns) == ["pair", "region", "share", "area", "enrichment"]
-    assert table["pair"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and table["region"].tolist() == ["first", "second"] * 4
-    for row in table.itertuples():
-        inside = total = pixels = 0.0
-        for y in range(7):
-            for x in range(5):
-                value = max(float(maps[row.pair, y, x]), 0.0)
-                total += value
-                inside += value * regions[row.region][row.pair, y, x]
-                pixels += regions[row.region][row.pair, y, x] / 35
-        assert row.area == pytest.approx(pixels)
-        if total == 0 or pixels == 0:
-            assert np.isnan(row.share) and np.isnan(row.enrichment)
-        else:
-            assert (row.share, row.enrichment) == pytest.approx((inside / total, inside / total / pixels), rel=1e-6)
-    assert table["share"].isna().sum() == 3
-
-
-def test_shares_of_parts_add_up_and_do_not_depend_on_scale():
-    rng = np.random.default_rng(1)
-    maps = rng.normal(size=(3, 9, 9))
-    mask = rng.random(maps.shape) < 0.4
-    table = relevance_shares(maps, {"in": mask, "out": ~mask})
-    np.testing.assert_allclose(table.groupby("pair")[["share", "area"]].sum(), 1, rtol=1e-12)
-    for scale in (1e-12, 1e6):
-        np.testing.assert_allclose(
-            relevance_shares(maps * scale, {"in": mask, "out": ~mask})["share"], table["share"], rtol=1e-12
-        )
-    flat = relevance_shares(np.ones((1, 9, 9)), {"in": mask[:1]})
-    assert flat["enrichment"][0] == pytest.approx(1)  # a map without preference
-    with pytest.raises(ValueError, match=r"region 'in' has shape \(1, 9, 9\), the maps \(3, 9, 9\)"):
-        relevance_shares(maps, {"in": mask[:1]})
-    with pytest.raises(ValueError, match=r"map \[0\] holds NaN"):
-        relevance_shares(maps * np.nan, {"in": mask})
-    with pytest.raises(ValueError, match="need maps"):
-        relevance_shares(maps[0], {"in": mask})
-
-
-def test_film_regions():
-    lungs = np.zeros((2, 8, 8), bool)
-    lungs[:, 2:6, 2:6] = True
-    regions = film_regions([np.array([[4, 4, 8, 8.0]]), np.empty((0, 4))], 8, lungs)
-    assert list(regions) == ["boxes", "lungs", "outside"]
-    assert [mask.sum(axis=(1, 2)).tolist() for mask in regions.values()] == [[16, 0], [16, 16], [64 - 28, 48]]
-    assert not (regions["outside"] & (regions["boxes"] | regions["lungs"])).any()
-    assert list(film_regions([[]], 8)) == ["boxes", "outside"] and film_regions([[]], 8)["outside"].all()
-    with pytest.raises(ValueError, match=r"lungs have shape \(2, 8, 8\); they must be \(1, 8, 8\)"):
-        film_regions([[]], 8, lungs)
-
-
-def test_look_carries_the_films_names_and_counts_shares(study):
-    model, _, films, _, _ = study
-    some = pd.DataFrame(
-        {
-            "row": films.index[[8, 0, 2, 5]],
-            "image": films["image"].iloc[[8, 0, 2, 5]].to_numpy(),
-            "patient": list("abba"),
-            "output": 1,
-            "kind": ["normal", "normal", "pneumonia", "pneumonia"],
-            "boxes": [np.empty((0, 4)), np.empty((0, 4)), np.array([[1, 2, 9, 9.0]]), np.array([[3, 3, 20, 20.0]])],
-        }
-    )
-    table = look(
-        model, batches(study, 4), some, lambda part: film_regions(part["boxes"], SIZE), layer="", image_size=SIZE
-    )
-    assert list(table.columns) == [
-        "row",
-        "image",
-        "patient",
-        "output",
-        "kind",
-        "method",
-        "logit",
-        "region",
-        "share",
-        "area",
-        "enrichment",
-    ]
-    assert len(table) == 4 * 2 * 2 and table["row"].tolist() == np.repeat(some["row"], 4).tolist()
-    assert (
-        table["method"].tolist() == ["lrp", "lrp", "rap", "rap"] * 4
-        and table["region"].tolist() == ["boxes", "outside"] * 8
-    )
-    for row in table.itertuples():
-        pair = next(p for p in some.itertuples() if p.row == row.row)
-        positive, mask = (
-            np.maximum(slow_map(study, pair, row.method), 0),
-            reference_localization.drawn(pair.boxes, SIZE),
-        )
-        expected = (positive * mask).sum() / positive.sum()
-        if row.region == "boxes" and row.kind == "normal":
-            assert np.isnan(row.share) and row.area == 0
-        else:
-            assert row.share == pytest.approx(expected if row.region == "boxes" else 1 - expected, rel=1e-6)
-    means = share_means(table, ["kind", "method", "region"], n_replicates=50)
-    assert len(means) == 8 and means.query("kind == 'normal' and region == 'boxes'")["n_skipped"].tolist() == [2, 2]
 
 
 # --- means
@@ -391,12 +309,13 @@ def records():
         frames, columns=["image", "patient", "class", "method", "threshold", "iou_lesion", "mean_iou", "empty_mask_iou"]
     )
     table.loc[[3, 40, 41], "mean_iou"] = np.nan
-    return table
+    return table.assign(stable=table.index != 40)
 
 
 def test_means_by_class_method_and_threshold(records):
     means = iou_means(records, n_replicates=60, seed=2)
     assert len(means) == 2 * 2 * 3 * 2 and means["n_skipped"].sum() == 3
+    assert means.groupby("reading")["n_unstable"].sum().tolist() == [1, 1]  # of both readings: the map has none
     for row in means.itertuples():
         part = records[
             (records["class"] == row[2]) & (records["method"] == row.method) & (records["threshold"] == row.threshold)
@@ -439,65 +358,3 @@ def test_paired_differences_to_cam(records):
     with pytest.raises(ValueError, match="more than once"):
         iou_differences(pd.concat([records, records]), n_replicates=0)
     assert len(iou_differences(records[records["method"] == "cam"], n_replicates=0)) == 0
-
-
-def test_means_of_shares_against_area():
-    rng = np.random.default_rng(0)
-    area = rng.uniform(0.1, 0.4, 40)
-    shares = pd.DataFrame(
-        {"patient": np.arange(40) % 15, "model": ["vgg16", "resnet50"] * 20, "share": area + 0.1, "area": area}
-    )
-    shares.loc[[0, 5], "share"] = np.nan
-    means = share_means(shares, ["model"], n_replicates=80)
-    assert (
-        means["model"].tolist() == ["vgg16", "resnet50"]
-        and means["n"].tolist() == [19, 19]
-        and means["n_skipped"].tolist() == [1, 1]
-    )
-    np.testing.assert_allclose(
-        means[["gain", "gain_low", "gain_high"]], 0.1, rtol=1e-9
-    )  # the same on every film, so no interval
-    for row in means.itertuples():
-        part = shares[(shares["model"] == row.model)].dropna(subset="share")
-        assert (row.value, row.area) == pytest.approx((part["share"].mean(), part["area"].mean()))
-        assert row.enrichment == pytest.approx(row.value / row.area) and row.ci_low < row.value < row.ci_high
-
-
-def test_box_gaps_are_differences_film_by_film():
-    rng = np.random.default_rng(0)
-    rows = [
-        {
-            "model": model,
-            "kind": "pneumonia",
-            "method": "rap",
-            "patient": f"p{film // 2}",
-            "row": film,
-            "region": region,
-            "enrichment": rng.uniform(0, 3) if film or region != "boxes" else np.nan,
-        }
-        for model in ("a", "b")
-        for film in range(8)
-        for region in ("boxes", "lungs", "outside")
-    ]
-    shares = pd.DataFrame(rows)
-    gaps = box_gaps(shares, ["model", "kind", "method"], n_replicates=40)
-    for gap in gaps.itertuples():
-        mine = shares[(shares["model"] == gap.model) & (shares["row"] > 0)].set_index(["row", "region"])["enrichment"]
-        expected = np.mean([mine[film, "boxes"] - mine[film, "lungs"] for film in range(1, 8)])
-        assert np.isclose(gap.gap, expected) and gap.gap_low <= gap.gap <= gap.gap_high and gap.n == 7
-    assert len(gaps) == 2
-    assert not len(box_gaps(shares[shares["region"] != "lungs"], ["model"], n_replicates=5))
-
-
-def test_rap_is_the_same_for_both_sides_of_a_logit_and_lrp_is_not():
-    """Eq. 4 starts from the absolute contributions; what 08 says of normal films rests on it."""
-    from lib.models import both_sides, build_model
-
-    model = both_sides(build_model("tdensenet", 1, seed=2).eval())
-    films = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    sides = {
-        method: [heatmaps.heatmaps(model, films, torch.tensor([side]), method) for side in (0, 1)]
-        for method in ("lrp", "rap")
-    }
-    assert torch.allclose(*sides["rap"], atol=1e-6 * sides["rap"][0].abs().max().item())
-    assert (sides["lrp"][0] - sides["lrp"][1]).abs().max() > 0.05 * sides["lrp"][0].abs().max()
