@@ -21,10 +21,11 @@ from lib.analysis.relevance.rules import RelevanceError
 from lib.data import RELEASES, open_data
 from lib.data.batches import evaluation_batches
 from lib.data.decoding import read_films
+from lib.data.nih import read_names
 from lib.data.release import UNHEALTHY, ReleaseError, film_boxes, task_boxes, task_targets
 from lib.data.store import StoreError
 from lib.devices import DeviceError, choose_device
-from lib.models import CHEXNET_CLASSES, Classifier, check_backbone, layers, load_chexnet, load_model
+from lib.models import CHEXNET_CLASSES, Classifier, check_backbone, layers, load_chexnet, load_model, select_output
 from lib.params import IDENTITY, ROOT, Analysis, ParameterError, Run, Study, load, nearest
 
 RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
@@ -41,7 +42,7 @@ REFUSALS = (ParameterError, ReleaseError, StoreError, DeviceError, TrainingError
 # ---- opening
 
 
-def open_run(given: Mapping, *, trained: bool = True) -> "Subject":
+def open_run(given: Mapping, *, trained: bool = True, chexnet: bool = False) -> "Subject":
     """Open the run that a notebook's parameters name.
 
     Parameters
@@ -51,6 +52,8 @@ def open_run(given: Mapping, *, trained: bool = True) -> "Subject":
         misspelt one, of which papermill only warns, is an error. None means: as the study's file says.
     trained : bool
         Whether the run must be trained already.
+    chexnet : bool
+        Whether the checkpoint that the parameter `chexnet` names takes the run's place.
 
     Raises
     ------
@@ -61,6 +64,8 @@ def open_run(given: Mapping, *, trained: bool = True) -> "Subject":
         The run is not trained, or was trained with other parameters.
     """
     run, changed = _parameters(given, Run)
+    if chexnet and run.chexnet:
+        return CheXNet(run, OpenStudy(run, changed))
     if trained:
         require_trained(run)
     else:
@@ -241,6 +246,8 @@ class Subject:
         image, class, x1, y1, x2, y2 in pixels of the films that the model sees.
     """
 
+    lists = None  # of films that a model from elsewhere was made with, see `CheXNet`
+
     def __init__(self, run: Run, data: OpenStudy):
         self.run, self.data = run, data
         self.name, self.task = run.name, run.task
@@ -324,40 +331,51 @@ class Subject:
         others = {run.loss: self if run == self.run else Subject(run, self.data) for run in self.run.siblings}
         return {loss: other for loss, other in others.items() if is_trained(other.run)}
 
-    @property
-    def chexnet(self) -> "CheXNet":
-        """The public checkpoint that `chexnet` names, on the same films."""
-        return CheXNet(self.run, self.data)
-
     def path(self, name: str) -> Path:
         """Where a result goes: the run's folder; with other options than the study's, a folder there named by them."""
         return self.folder / name
 
     def _repr_markdown_(self):
         run = self.run
-        if is_trained(run):
+        if self.origin:
             films = f"{len(self.films):,} films of {run.image_size} px, {len(self.rows('test')):,} of them test films"
-            what = f"{films}; weights of the {run.checkpoint} epoch; CAM reads `{self.layer}`"
+            what = f"{films}; {self.origin}; CAM reads `{self.layer}`"
         else:
             batches = f"{run.epochs} epochs of batches of {run.batch_size} at {run.image_size} px"
             what = f"to be trained, {batches}, from init {run.init}"
         differs = _differences(run, self.data.changed)
         return f"**{self.name}**, seed {run.seed}, study {run.study}: {what}. {self.label}.{differs}"
 
+    @property
+    def origin(self) -> str:
+        """Where the weights come from, in words; empty where there are none yet."""
+        return f"weights of the {self.run.checkpoint} epoch" if is_trained(self.run) else ""
+
 
 class CheXNet(Subject):
     """The public CheXNet checkpoint in the place of a run: its own classes, on the films of the study."""
+
+    classes, origin = list(CHEXNET_CLASSES), "the public checkpoint"
 
     def __init__(self, run: Run, data: OpenStudy):
         super().__init__(run, data)
         self.name, self.task, self.folder = "CheXNet", "multilabel", run.folder / "chexnet"
         self.layer = layers("densenet121")[0]
 
-    classes = list(CHEXNET_CLASSES)
-
     @cached_property
     def model(self) -> Classifier:
         return load_chexnet(self.run.chexnet_files["chexnet"]).to(self.device)
+
+    @cached_property
+    def pneumonia(self) -> Classifier:
+        """The same with its logit of pneumonia alone."""
+        return select_output(self.model, self.classes.index("Pneumonia"))
+
+    @cached_property
+    def lists(self) -> dict[str, set[str]]:
+        """Names of the films that it was trained and chosen on, as far as parameters name the lists."""
+        files = {key: path for key, path in self.run.chexnet_files.items() if key != "chexnet"}
+        return {key: read_names(path, self.films["image"]) for key, path in files.items()}
 
 
 def _said(parameters, key):

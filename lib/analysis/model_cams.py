@@ -57,16 +57,14 @@ def model_cams(
     With the gradient ``g`` of the logit of class c with respect to A and ``S_k = sum_xy A_k``, the weights are
 
     - 'grad': mean of g over the map; 'cam': its sum, for a layer that is pooled and followed by one linear layer (then
-    it is the head's
-      weight); 'xgrad': ``sum(g A) / S``, 0 where S is 0; 'hires' (pixel-wise Grad): g element by element; 'layer':
-      relu(g) likewise;
+      it is the head's weight); 'xgrad': ``sum(g A) / S``, 0 where S is 0; 'hires' (pixel-wise Grad): g element by
+      element; 'layer': relu(g) likewise;
     - 'gradpp': ``sum(a relu(g))`` with ``a = g^2 / (2 g^2 + S g^3)``, 0 where the denominator or g is 0;
     - 'smooth_gradpp': ``sum(a relu(D1))`` with ``a = D2 / (2 D2 + S D3)`` and ``Dp`` the mean of ``g^p`` over films
-    with normal noise;
+      with normal noise;
     - 'score', 'ss', 'is': softmax over the channels of the logit of the film that is multiplied by a mask, ``H_k``: A_k
-    resized to the
-      film, then min-max, a constant channel zero. 'ss': its mean over masks with normal noise; 'is': over masks times
-      ``c_i``.
+      resized to the film, then min-max, a constant channel zero. 'ss': its mean over masks with normal noise; 'is':
+      over masks times ``c_i``.
 
     One forward pass; the gradient methods add one backward pass a class, down to `layer` only; see `passes_per_film`
     for the others.
@@ -116,12 +114,12 @@ def model_cams(
     Raises
     ------
     ValueError
-        A layer that is not there, runs more than once, or gives neither maps nor tokens; a method that cannot work with
-        it; a class out of range; values that are not finite.
+        No films; a layer that is not there, runs more than once, or gives neither maps nor tokens; a method that cannot
+        work with it; a class out of range; values that are not finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown CAM method {method!r}; choose one of {', '.join(METHODS)}")
-    samples = SAMPLES.get(method, 1) if samples is None else samples
+    samples = _samples(method, samples)
+    if not len(films):
+        raise ValueError("there are no films to explain: the batch is empty")
     sigma = SIGMA.get(method, 0.0) if sigma is None else sigma
     seeds = [int(seed)] * len(films) if isinstance(seed, Integral) else [int(one) for one in seed]
     if len(seeds) != len(films):
@@ -143,23 +141,17 @@ def model_cams(
         maps = as_maps(output.detach(), layer, token_grid)
         if not torch.isfinite(maps).all():
             film, channel = torch.nonzero(~torch.isfinite(maps))[0, :2].tolist()
-            raise ValueError(
-                f"the maps of layer {layer} hold NaN or infinite values, first in film {film} of the batch, channel "
-                f"{channel}"
-            )
+            where = f"film {film} of the batch, channel {channel}"
+            raise ValueError(f"the maps of layer {layer} hold NaN or infinite values, first in {where}")
         mask = None if features is None else feature_mask(features, len(classes), maps.shape[1]).to(maps)
         if method in PERTURBATION_METHODS:
-            weights = _scores(
-                model, films, maps, classes, method, samples, sigma, generators, cumulative, chunk, progress
-            ).unbind(1)
+            noise = samples, sigma, generators, cumulative
+            weights = _scores(model, films, maps, classes, method, *noise, chunk, progress).unbind(1)
         else:
             smooth = method == "smooth_gradpp"
             start = _noisy_forward(model, films, layer, samples, sigma, generators) if smooth else (logits, output)
-            grads = _gradients(*start, classes, layer, token_grid)
-            weights = (
-                _gradient_weights(grad.unflatten(0, (-1, len(films))), maps, method, eps, numerator, layer)
-                for grad in grads
-            )
+            grads = (grad.unflatten(0, (-1, len(films))) for grad in _gradients(*start, classes, layer, token_grid))
+            weights = (_gradient_weights(grad, maps, method, eps, numerator, layer) for grad in grads)
         return Cams(*_sums(maps, weights, mask, layer, classes), logits.detach())
 
 
@@ -170,12 +162,16 @@ def passes_per_film(method: str, n_features: int, n_classes: int, samples: int |
     For example 'score' on 2,048 channels takes 2,049 forward passes a film, and 'ss' 71,681. The closed forms of `cam`
     take 1 and 0.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown CAM method {method!r}; choose one of {', '.join(METHODS)}")
-    samples = SAMPLES.get(method, 1) if samples is None else samples
+    samples = _samples(method, samples)
     if method in PERTURBATION_METHODS:
         return 1 + samples * n_features, 0
     return (1 + samples, samples * n_classes) if method == "smooth_gradpp" else (1, n_classes)
+
+
+def _samples(method: str, samples: int | None) -> int:
+    if method not in METHODS:
+        raise ValueError(f"unknown CAM method {method!r}; choose one of {', '.join(METHODS)}")
+    return SAMPLES.get(method, 1) if samples is None else samples
 
 
 def _forward(model, films, layer):
@@ -195,29 +191,24 @@ def _forward(model, films, layer):
     if len(seen) != 1:
         raise ValueError(f"layer {layer} runs {len(seen)} times in a forward pass: name a module that runs once")
     if logits.ndim != 2 or len(logits) != len(films):
-        raise ValueError(
-            f"the model must give logits (B, M), one row a film; it gives {tuple(logits.shape)} for {len(films)} films"
-        )
+        found = f"{tuple(logits.shape)} for {len(films)} films"
+        raise ValueError(f"the model must give logits (B, M), one row a film; it gives {found}")
     return logits, seen[0]
 
 
 def _noisy_forward(model, films, layer, samples, sigma, generators):
-    noise = torch.stack(
-        [torch.randn(samples, *films.shape[1:], generator=generator) for generator in generators], dim=1
-    )
+    noise = torch.stack([torch.randn(samples, *films.shape[1:], generator=one) for one in generators], dim=1)
     with torch.enable_grad():
         return _forward(model, (films + sigma * noise.to(films)).flatten(0, 1), layer)
 
 
 def _classes(classes, n_outputs):
     classes = list(range(n_outputs)) if classes is None else [int(c) for c in classes]
-    wrong = [c for c in classes if not 0 <= c < n_outputs]
-    if wrong or not classes:
-        raise ValueError(
-            f"classes must lie in 0..{n_outputs - 1}, got {wrong[0]}"
-            if wrong
-            else "classes is empty: name at least one"
-        )
+    if not classes:
+        raise ValueError("classes is empty: name at least one")
+    for c in classes:
+        if not 0 <= c < n_outputs:
+            raise ValueError(f"classes must lie in 0..{n_outputs - 1}, got {c}")
     return classes
 
 
@@ -230,9 +221,8 @@ def _gradients(logits, output, classes, layer, token_grid):
         if logits.requires_grad and output.requires_grad:
             chosen = torch.zeros_like(logits)
             chosen[:, c] = 1
-            (grad,) = torch.autograd.grad(
-                logits, output, chosen, retain_graph=position + 1 < len(classes), allow_unused=True
-            )
+            more = position + 1 < len(classes)
+            (grad,) = torch.autograd.grad(logits, output, chosen, retain_graph=more, allow_unused=True)
         if grad is None:
             raise ValueError(
                 f"the logits do not depend on layer {layer}, or have no gradient there: name a layer on their way"
@@ -268,8 +258,7 @@ def _gradient_weights(grads, maps, method, eps, numerator, layer):
         if spread > 1e-4 * grad.abs().max():
             raise ValueError(
                 f"'cam' cannot work with layer {layer}: it is not pooled and followed by one linear layer, for the "
-                "gradient "
-                "differs between places or films; choose 'grad' or another method"
+                "gradient differs between places or films; choose 'grad' or another method"
             )
         return weights
     if method == "grad":
@@ -298,9 +287,8 @@ def _scores(model, films, maps, classes, method, samples, sigma, generators, cum
             owners = [pair // channels for pair in range(piece.start, piece.stop)]
             masks = normalise(resize(flat[piece], tuple(size)), rectify=False)
             if method == "ss":  # mask by mask, for the same reason
-                masks = masks + sigma * torch.stack(
-                    [torch.randn(size, generator=generators[owner]) for owner in owners]
-                ).to(masks)
+                noise = torch.stack([torch.randn(size, generator=generators[owner]) for owner in owners])
+                masks = masks + sigma * noise.to(masks)
             elif method == "is":
                 masks = masks * ((copy + 1) * copy / 2 if cumulative else copy) / samples
             total[piece] += model(films[owners] * masks[:, None].to(films))[:, classes].to(total)
@@ -326,7 +314,6 @@ def _sums(maps, weights, mask, layer, classes):
         if not torch.isfinite(raw[-1]).all():
             raise ValueError(
                 f"the map of class {classes[position]} at layer {layer} overflows, for 'gradpp' and 'smooth_gradpp' "
-                "where a "
-                "denominator is nearly 0, or the scores of the perturbed films are not finite"
+                "where a denominator is nearly 0, or the scores of the perturbed films are not finite"
             )
     return torch.stack(raw, dim=1), torch.stack(contributions, dim=1)

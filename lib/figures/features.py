@@ -2,7 +2,7 @@
 respond to."""
 
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import matplotlib as mpl
@@ -66,21 +66,14 @@ def activation_distribution(
     """
     counts, p10, p90 = np.asarray(counts, float), np.asarray(p10, float), np.asarray(p90, float)
     n = len(classes)
-    if (
-        counts.shape[:1] != (n,)
-        or counts.ndim != 2
-        or np.shape(edges) not in ((counts.shape[1] + 1,), (n, counts.shape[1] + 1))
-    ):
-        raise ValueError(
-            f"counts are {counts.shape}, edges {np.shape(edges)}: for {n} classes they must be ({n}, B) and (B + 1,) "
-            f"or ({n}, B + 1)"
-        )
+    ends = (counts.shape[-1] + 1,)
+    if counts.ndim != 2 or len(counts) != n or np.shape(edges) not in (ends, (n, *ends)):
+        wanted = f"for {n} classes they must be ({n}, B) and (B + 1,) or ({n}, B + 1)"
+        raise ValueError(f"counts are {counts.shape}, edges {np.shape(edges)}: {wanted}")
     alpha, beta = (np.asarray(values, float) for values in scale)
-    if {p10.shape, p90.shape, alpha.shape, beta.shape} != {(n,)}:
-        raise ValueError(
-            f"p10, p90, alpha and beta are {p10.shape}, {p90.shape}, {alpha.shape} and {beta.shape}: they must be "
-            f"({n},)"
-        )
+    shapes = [values.shape for values in (p10, p90, alpha, beta)]
+    if set(shapes) != {(n,)}:
+        raise ValueError(f"p10, p90, alpha and beta are {', '.join(map(str, shapes))}: they must be ({n},)")
     edges = np.broadcast_to(edges, (n, counts.shape[1] + 1))
     columns = min(5, n)
     if n == 1:
@@ -92,9 +85,8 @@ def activation_distribution(
     for i, ax in enumerate(axes):
         some = np.nan_to_num(counts[i])
         ax.set(title=class_name(classes[i]), yscale="log", ylim=(0.7, top), xlim=_span(edges[i], some))
-        handles.append(
-            ax.stairs(some, edges[i], baseline=0.7, fill=True, color=(NEUTRAL, 0.45), label="pixels (left axis)")
-        )
+        bars = {"baseline": 0.7, "fill": True, "color": (NEUTRAL, 0.45), "label": "pixels (left axis)"}
+        handles.append(ax.stairs(some, edges[i], **bars))
         right = ax.twinx()
         right.set(ylim=(-1.08, 1.08), yticks=(-1, 0, 1))
         right.tick_params(labelright=(i + 1) % columns == 0 or i == n - 1)
@@ -102,14 +94,12 @@ def activation_distribution(
         if np.isfinite(alpha[i]):
             x = np.linspace(*ax.get_xlim(), 300)
             z = alpha[i] * x + beta[i]
-            handles += right.plot(
-                x, np.tanh(z) if kind == "tanh" else z, color=YELLOW, linewidth=1.2, label="common scale (right axis)"
-            )
+            z = np.tanh(z) if kind == "tanh" else z
+            handles += right.plot(x, z, color=YELLOW, linewidth=1.2, label="common scale (right axis)")
         else:
             text = "no scale:\nall the same" if np.isfinite(p10[i]) else "no films"
-            right.text(
-                0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", fontsize=7, path_effects=LIGHT_RIM
-            )
+            centred = {"ha": "center", "va": "center", "transform": ax.transAxes}
+            right.text(0.5, 0.5, text, fontsize=7, path_effects=LIGHT_RIM, **centred)
         for x in (p10[i], p90[i]):
             if np.isfinite(x):
                 handles.append(right.axvline(x, color=INK, linewidth=0.8, linestyle=(0, (3, 2)), label="P10 and P90"))
@@ -128,14 +118,26 @@ def _span(edges: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     return (edges[filled[0]], edges[filled[-1] + 1]) if len(filled) else (edges[0], edges[-1])
 
 
+def film_titles(labels: Sequence[str], confidence: Sequence[float] | None = None) -> list[str]:
+    """Of each film its first two labels, '|' between them in `labels`, and the confidence where there is one."""
+    names = [(text or "not normal").split("|") for text in labels]
+    titles = [", ".join(found[:2]) + ", …" * (len(found) > 2) for found in names]
+    return titles if confidence is None else [f"{title}\np = {p:.2f}" for title, p in zip(titles, confidence)]
+
+
+def class_boxes(boxes: pd.DataFrame, images: Sequence[str], name: str) -> list[np.ndarray]:
+    """Of each film its boxes (K, 4) of one class, K = 0 where it has none. `boxes` : image, class, x1, y1, x2, y2."""
+    corners = boxes[boxes["class"] == name].set_index("image")[["x1", "y1", "x2", "y2"]]
+    return [corners[corners.index == image].to_numpy(float) for image in images]
+
+
 @STYLE
 def scaled_cams(
     films: np.ndarray,
-    maps: Mapping[str, np.ndarray],
+    maps: Mapping[tuple[str, str], np.ndarray],
     titles: Sequence[str],
     confidence: np.ndarray,
     *,
-    common: Collection[str],
     boxes: Sequence | None = None,
     data_label: str,
 ) -> Figure:
@@ -145,76 +147,58 @@ def scaled_cams(
     Parameters
     ----------
     films : uint8 (N, S, S).
-    maps : by column name, float (N, h, w) over the whole film; [0, 1], or [-1, 1] for the names in `common`. A map of
-    NaN is left out.
-    titles : N, such as 'Mass\\nlogit 1.2\\np = 0.77'.
+    maps : by kind and method, float (N, h, w) over the whole film, as of `features.scale.pictures`: kind '' on its own
+    scale in [0, 1], any other ('S-', 'FS-S-') on the common one in [-1, 1]. A map of NaN is left out. The zero of the
+    common scale lies below P10, which is 0.1: blue marks what almost no pixel of the data set falls below.
+    titles : N, such as of `film_titles`.
     confidence : (N,) of the selected class; orders the rows, NaN last.
-    common : the columns on the common scale. Its 0 lies below P10, which is 0.1: blue marks what almost no pixel of the
-    data set falls below.
     boxes : N sequences of (x1, y1, x2, y2) in pixels of S.
 
     Raises
     ------
-    ValueError : lengths that do not agree, unknown names in `common`, values outside the scale of their column.
+    ValueError : lengths that do not agree, values outside the scale of their column.
     """
-    boxes = [()] * len(films) if boxes is None else boxes
-    if not (len(films) == len(titles) == len(confidence) == len(boxes)) or any(
-        len(map_) != len(films) for map_ in maps.values()
-    ):
-        raise ValueError(
-            f"{len(films)} films, but {len(titles)} titles, {len(confidence)} confidences, {len(boxes)} boxes, "
-            f"maps {', '.join(f'{name}: {len(map_)}' for name, map_ in maps.items())}"
-        )
-    if set(common) - set(maps):
-        raise ValueError(
-            f"common names {', '.join(set(common) - set(maps))}, which is not among the maps {', '.join(maps)}"
-        )
-    for name, values in maps.items():
-        low, known = -1.0 if name in common else 0.0, np.asarray(values)[np.isfinite(values)]
+    boxes, drawn = [()] * len(films) if boxes is None else boxes, {}
+    for (kind, method), values in maps.items():
+        drawn[f"{kind}{CAMS.get(method, method)}"] = values, -1 if kind else 0
+    lengths = {"titles": len(titles), "confidences": len(confidence), "boxes": len(boxes)}
+    lengths |= {f"maps {name}": len(values) for name, (values, _) in drawn.items()}
+    if set(lengths.values()) != {len(films)}:
+        found = ", ".join(f"{count} {name}" for name, count in lengths.items())
+        raise ValueError(f"{len(films)} films, but {found}")
+    for name, (values, low) in drawn.items():
+        known = np.asarray(values)[np.isfinite(values)]
         if known.size and (known.min() < low - 1e-6 or known.max() > 1 + 1e-6):
-            raise ValueError(
-                f"maps {name!r} reach from {known.min():.3g} to {known.max():.3g}: scale them to [{low:g}, 1] first"
-            )
-    columns, label = len(maps) + 1, 0.85
+            reach = f"reach from {known.min():.3g} to {known.max():.3g}"
+            raise ValueError(f"maps {name!r} {reach}: scale them to [{low}, 1] first")
+    columns, label = len(drawn) + 1, 0.85
     side = min((WIDTH - label - 0.1) / columns, 1.6)
-    names = ["Film", *(textwrap.fill(name, max(int(side * 72 / 4.6), 8)) for name in maps)]
+    names = ["Film", *(textwrap.fill(name, max(int(side * 72 / 4.6), 8)) for name in drawn)]
     head = 0.13 * max(name.count("\n") + 1 for name in names)
     height, width = len(films) * (side + 0.02) + head + 0.75, max(side * columns + label + 0.1, 4.6)
     figure = new_figure(height, data_label, width)
-    figure.get_layout_engine().set(
-        rect=(0, 0.6 / height, 1, 1 - 0.6 / height)
-    )  # below: the colour bars, which must not narrow single columns
+    # Below: the colour bars, which must not narrow single columns.
+    figure.get_layout_engine().set(rect=(0, 0.6 / height, 1, 1 - 0.6 / height))
     axes = figure.subplots(len(films), columns, squeeze=False) if len(films) else np.empty((0, columns))
     for row, i in enumerate(np.argsort(-np.asarray(confidence, float), kind="stable")):
-        for ax, name in zip(axes[row], [None, *maps]):
+        for ax in axes[row]:
             show_film(ax, films[i], boxes[i])
-            if name is None:
-                ax.set_ylabel(class_name(titles[i]), rotation=0, ha="right", va="center", fontsize=7)
-            elif np.isfinite(maps[name][i]).all():
-                _lay(
-                    ax,
-                    maps[name][i],
-                    films.shape[-1],
-                    SIGNED if name in common else HEAT,
-                    -1 if name in common else 0,
-                    1,
-                )
+        axes[row, 0].set_ylabel(class_name(titles[i]), rotation=0, ha="right", va="center", fontsize=7)
+        for ax, (values, low) in zip(axes[row, 1:], drawn.values()):
+            if np.isfinite(values[i]).all():
+                _lay(ax, values[i], films.shape[-1], SIGNED if low else HEAT, low, 1)
             else:
                 ax.text(0.5, 0.5, "no map", transform=ax.transAxes, ha="center", color="white", path_effects=DARK_RIM)
     for ax, name in zip(axes[0], names) if len(films) else ():
         ax.set_title(name, fontsize=7, weight="bold", pad=3)
-    bars = [
-        (HEAT, 0, "individual scale of each map", set(maps) - set(common)),
-        (SIGNED, -1, "common scale of all films", common),
-    ]
-    for k, (cmap, low, text, _) in enumerate(bar for bar in bars if bar[3]):
-        place = figure.add_axes(
-            ((label + 0.15 + k * (width - label) / 2) / width, 0.5 / height, 1.4 / width, 0.07 / height)
-        )
+    bars = {0: (HEAT, "individual scale of each map"), -1: (SIGNED, "common scale of all films")}
+    lows = {low for _, low in drawn.values()}
+    for k, (low, (cmap, text)) in enumerate(bar for bar in bars.items() if bar[0] in lows):
+        left = (label + 0.15 + k * (width - label) / 2) / width
+        place = figure.add_axes((left, 0.5 / height, 1.4 / width, 0.07 / height))
         place.set_in_layout(False)
-        bar = figure.colorbar(
-            mpl.cm.ScalarMappable(Normalize(low, 1), cmap), cax=place, orientation="horizontal", ticks=range(low, 2)
-        )
+        scale = mpl.cm.ScalarMappable(Normalize(low, 1), cmap)
+        bar = figure.colorbar(scale, cax=place, orientation="horizontal", ticks=range(low, 2))
         bar.set_label(text, fontsize=7, labelpad=1)
         place.set_facecolor(FILM_GREY)
     return figure
@@ -233,25 +217,18 @@ def consistency_scatter(sums: pd.DataFrame, *, data_label: str) -> Figure:
     `lib.tables.li`. Rows with NaN are not drawn and not counted, nor are principal features on individual scales, which
     the paper has no use for.
     """
-    sums = (
-        sums.assign(features="all")
-        if "features" not in sums
-        else sums[(sums["features"] == "all") | (sums["scale"] != "individual")]
-    )
+    sums = sums if "features" in sums else sums.assign(features="all")
+    sums = sums[(sums["features"] == "all") | (sums["scale"] != "individual")]
     methods = present(CAMS, sums["method"])
     shown = set(sums[["scale", "features"]].itertuples(index=False, name=None))
-    columns = [
-        pair
-        for pair in product(dict.fromkeys([*SCALES, *sums["scale"]]), dict.fromkeys(["all", *sums["features"]]))
-        if pair in shown
-    ]
+    every = product(dict.fromkeys([*SCALES, *sums["scale"]]), dict.fromkeys(["all", *sums["features"]]))
+    columns = [pair for pair in every if pair in shown]
     figure = new_figure(max(len(methods), 1) * 1.25 + 0.7, data_label, WIDTH if len(columns) > 1 else 3.6)
     axes = figure.subplots(max(len(methods), 1), max(len(columns), 1), squeeze=False, sharex=True)
     for (i, method), (j, (scale, features)) in product(enumerate(methods), enumerate(columns)):
         ax = axes[i, j]
-        rows = sums[(sums["method"] == method) & (sums["scale"] == scale) & (sums["features"] == features)].dropna(
-            subset=["logit", "activation"]
-        )
+        rows = sums[(sums["method"] == method) & (sums["scale"] == scale) & (sums["features"] == features)]
+        rows = rows.dropna(subset=["logit", "activation"])
         x, y = rows["logit"].to_numpy(float), rows["activation"].to_numpy(float)
         ax.plot(x, y, ".", color=NEUTRAL, alpha=0.35, markersize=3, markeredgewidth=0, rasterized=True)
         ranks = rows["logit"].rank(), rows["activation"].rank()
@@ -291,9 +268,8 @@ def confounder_panel(
     ValueError : lengths that do not agree, or a mask of another size.
     """
     if not (len(films) == len(maps) == len(markers) == len(titles)):
-        raise ValueError(
-            f"{len(films)} films, {len(maps)} maps, {len(markers)} markers, {len(titles)} titles: give as many of each"
-        )
+        found = f"{len(films)} films, {len(maps)} maps, {len(markers)} markers, {len(titles)} titles"
+        raise ValueError(f"{found}: give as many of each")
     columns = min(max(len(films), 1), 6)
     side, size = min((WIDTH - 0.6) / columns, 1.6), films.shape[-1]
     wrapped = [textwrap.fill(title, max(int(side * 72 / 4), 8)) for title in titles]
@@ -315,12 +291,9 @@ def confounder_panel(
     scale = mpl.cm.ScalarMappable(Normalize(low, reach), cmap)
     bar = figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, aspect=30, label="feature times its weight")
     bar.ax.set_facecolor(FILM_GREY)
-    legend(
-        figure,
-        [Line2D([], [], color="#00a5b8", linewidth=1, label="planted marker" if planted else "annotated box")]
-        if any(map(np.any, markers))
-        else [],
-    )
+    if any(map(np.any, markers)):
+        label = "planted marker" if planted else "annotated box"
+        legend(figure, [Line2D([], [], color="#00a5b8", linewidth=1, label=label)])
     return figure
 
 

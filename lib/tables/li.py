@@ -5,7 +5,7 @@ Tidy frames in. The columns that identify a row, where a table has them:
     class     optional, the selected class, where there are several     features  'all', 'principal', 'non_principal'
     method    the ids of CAMS, or any other                             metric    as said at the table
     scale     'individual', 'common_raw' (the signed maps are summed as they are) or 'common_tanh' (their values on the
-    common scale)
+              common scale)
 
 Further columns are n (films) and ci_low, ci_high (the 95 % interval; optional, NaN: none). Rows that are not there
 become dashes; methods the paper prints no numbers for come after its four, in the order of CAMS.
@@ -26,7 +26,7 @@ from lib.tables.layout import (
     range_text,
     tex_body,
 )
-from lib.tables.names import METRICS, MISSING, class_name, ordered
+from lib.tables.names import METRICS, MISSING, class_name, display, ordered
 
 CAMS = {
     "grad": "Grad",
@@ -51,13 +51,11 @@ _COEFFICIENTS = {"pearson": "Pearson", "spearman": "Spearman"}
 _CHANGES = {"average_increase": "Average increase (%)", "average_drop": "Average drop (%)"}
 _CORRELATION = (
     "Bold: the coefficient of the paper's rule, Pearson where Henze and Zirkler's test does not reject a bivariate "
-    "normal distribution "
-    "at 0.05, else Spearman."
+    "normal distribution at 0.05, else Spearman."
 )
 _RAW = (
     "Raw sum: of the signed maps before the tanh, as the authors' code computes it, so the paper's S- value stands "
-    "there; scaled values: "
-    "after it, as the paper words it."
+    "there; scaled values: after it, as the paper words it."
 )
 _TABLES = {
     1: {
@@ -65,15 +63,11 @@ _TABLES = {
         "label": "consistency",
         "decimals": 3,
         "roman": "I",
-        "title": (
-            "Consistency: correlation over films of the sum of class activations with the logit of the selected class"
-        ),
-        "notes": (
-            f"{_CORRELATION} Individual scale: negative values dropped, each map scaled to its own 0 to 1. "
-            f"{_RAW} Where the head is pooling and "
-            "one linear layer, the raw sum of CAM, Grad, XGrad and pixel-wise Grad is the logit up to constants, so "
-            "there a 1 is an identity."
-        ),
+        "title": "Consistency: correlation over films of the sum of class activations with the logit of the selected "
+        "class",
+        "notes": f"{_CORRELATION} Individual scale: negative values dropped, each map scaled to its own 0 to 1. {_RAW} "
+        "Where the head is pooling and one linear layer, the raw sum of CAM, Grad, XGrad and pixel-wise Grad is the "
+        "logit up to constants, so there a 1 is an identity.",
     },
     2: {
         "file": "li_table2_masked_accuracy.csv",
@@ -81,20 +75,16 @@ _TABLES = {
         "decimals": 3,
         "roman": "II",
         "title": "Performance with principal and with all other features only",
-        "notes": (
-            "The features left out are set to zero at the target layer and the forward pass goes on; no mask "
-            "depends on a film's own label."
-        ),
+        "notes": "The features left out are set to zero at the target layer and the forward pass goes on; no mask "
+        "depends on a film's own label.",
     },
     3: {
         "file": "li_table3_feature_selection.csv",
         "label": "selected-consistency",
         "decimals": 3,
         "roman": "III",
-        "title": (
-            "Consistency with the logit on the common scale, of maps of all features (S-) and of the principal "
-            "ones (FS-S-)"
-        ),
+        "title": "Consistency with the logit on the common scale, of maps of all features (S-) and of the principal "
+        "ones (FS-S-)",
         "notes": f"{_CORRELATION} {_RAW} FS-S- maps are scaled by P10 and P90 of the maps of all features.",
     },
     4: {
@@ -102,15 +92,10 @@ _TABLES = {
         "label": "increase-drop",
         "decimals": 2,
         "roman": "IV",
-        "title": (
-            "Average increase (higher is better) and average drop (lower is better) of the confidence when the "
-            "film is multiplied by its map"
-        ),
-        "notes": (
-            "Maps scaled to their own 0 to 1, without a threshold; films of confidence 0 do not count in the "
-            "drop. Change: 100 (FS-CAM - CAM) / "
-            "CAM, none where CAM has 0."
-        ),
+        "title": "Average increase (higher is better) and average drop (lower is better) of the confidence when the "
+        "film is multiplied by its map",
+        "notes": "Maps scaled to their own 0 to 1, without a threshold; films of confidence 0 do not count in the "
+        "drop. Change: 100 (FS-CAM - CAM) / CAM, none where CAM has 0.",
     },
 }
 _KEY = {
@@ -191,22 +176,13 @@ def table2(masked: pd.DataFrame, *, selection: str, dataset: str = "X-rays", dat
     """
     names = tuple(name for name in ("auroc", "accuracy") if name in masked)
     if not names:
-        raise ValueError(
-            f"the frame has neither a column auroc nor accuracy; it has {', '.join(map(str, masked.columns))}"
-        )
+        has = ", ".join(map(str, masked.columns))
+        raise ValueError(f"the frame has neither a column auroc nor accuracy; it has {has}")
     frame = _checked(2, long_metrics(masked, names), ["n_features", "n"])
     printed = read_published(2).replace({"features": {"principal_top5pct": "principal"}}).query("dataset == @dataset")
     paper = {("accuracy", row.features): row.accuracy for row in printed.itertuples()}
-    return _assembled(
-        2,
-        frame,
-        [list(names), list(FEATURES)],
-        ["value", "ci_low", "ci_high", "n", "n_features"],
-        paper,
-        dataset,
-        data_label,
-        selection,
-    )
+    columns, levels = ["value", "ci_low", "ci_high", "n", "n_features"], [list(names), list(FEATURES)]
+    return _assembled(2, frame, levels, columns, paper, dataset, data_label, selection)
 
 
 def table3(consistency: pd.DataFrame, *, selection: str, dataset: str = "X-rays", data_label: str) -> pd.DataFrame:
@@ -246,14 +222,12 @@ def table4(localisation: pd.DataFrame, *, selection: str, dataset: str = "X-rays
     before, after = (frame[frame["features"] == features].set_index(key) for features in ("all", "principal"))
     both = before.join(after["value"].rename("after"), how="inner")
     change = 100 * (both["after"] - both["value"]) / both["value"].where(both["value"] != 0)
-    change = (
-        both.assign(value=change, features="change", ci_low=np.nan, ci_high=np.nan).drop(columns="after").reset_index()
-    )
+    change = both.assign(value=change, features="change", ci_low=np.nan, ci_high=np.nan).reset_index()
     printed = read_published(4).query("dataset == @dataset")
     ids = {name: method for method, name in _PRINTED.items()}
     paper = {(ids[row.method], row.metric, "change"): row.percent_change for row in printed.itertuples()}
     levels = [_methods(frame), list(_CHANGES), ["all", "principal", "change"]]
-    frame = pd.concat([frame, change], ignore_index=True)
+    frame = pd.concat([frame, change.drop(columns="after")], ignore_index=True)
     return _assembled(4, frame, levels, ["value", "ci_low", "ci_high", "n"], paper, dataset, data_label, selection)
 
 
@@ -263,58 +237,37 @@ def _consistency(number: int, frame: pd.DataFrame, dataset: str, data_label: str
     unknown = set(frame["chosen"].dropna()) - set(_COEFFICIENTS)
     if unknown:
         raise ValueError(f"chosen is {', '.join(map(str, unknown))}: it must name the coefficient, pearson or spearman")
-    frame = frame.assign(
-        value=np.where(frame["chosen"] == "pearson", frame["pearson"], frame["spearman"].where(frame["chosen"].notna()))
-    )
+    chosen = frame["spearman"].where(frame["chosen"].notna())
+    frame = frame.assign(value=np.where(frame["chosen"] == "pearson", frame["pearson"], chosen))
+    if number == 1:
+        levels, prefixes = [list(SCALES)], {("individual",): "", ("common_raw",): "s_"}
+    else:
+        levels = [["common_raw", "common_tanh"], ["all", "principal"]]
+        prefixes = {("common_raw", "all"): "s_", ("common_raw", "principal"): "fs_s_"}
     printed = read_published(number).query("dataset == @dataset").set_index("method")["correlation_with_logit"]
-    prefixes = (
-        {("individual",): "", ("common_raw",): "s_"}
-        if number == 1
-        else {("common_raw", "all"): "s_", ("common_raw", "principal"): "fs_s_"}
-    )
-    paper = {
-        (method, *column): printed[prefix + name]
-        for method, name in _PRINTED.items()
-        for column, prefix in prefixes.items()
-        if len(printed)
-    }
-    levels = [
-        _methods(frame),
-        *([list(SCALES)] if number == 1 else [["common_raw", "common_tanh"], ["all", "principal"]]),
-    ]
+    cells = [(method, *column) for method in _PRINTED for column in prefixes if len(printed)]
+    paper = {(method, *column): printed[prefixes[tuple(column)] + _PRINTED[method]] for method, *column in cells}
     columns = [*_COEFFICIENTS, "normal", "chosen", "value", "ci_low", "ci_high", "n"]
-    return _assembled(number, frame, levels, columns, paper, dataset, data_label, selection)
+    return _assembled(number, frame, [_methods(frame), *levels], columns, paper, dataset, data_label, selection)
 
 
 def _methods(frame: pd.DataFrame) -> list[str]:
-    present = set(frame["method"])
-    return ordered(
-        {method: name for method, name in CAMS.items() if method in _PRINTED or method in present}, frame["method"]
-    )
+    present = {*_PRINTED, *frame["method"]}
+    return ordered({method: name for method, name in CAMS.items() if method in present}, frame["method"])
 
 
 def _checked(number: int, frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    frame = frame.assign(
-        **{name: value for name, value in (("class", ""), ("ci_low", np.nan), ("ci_high", np.nan)) if name not in frame}
-    )
+    blank = {"class": "", "ci_low": np.nan, "ci_high": np.nan}
+    frame = frame.assign(**{name: value for name, value in blank.items() if name not in frame})
     where = f"the frame for Table {_TABLES[number]['roman']}"
-    check_frame(
-        frame,
-        _KEY[number],
-        columns,
-        where,
-        ": one row each, and a column class where there are several selected classes",
-    )
-    allowed = {
-        "scale": set(SCALES),
-        "features": set(FEATURES),
-        "metric": set(_CHANGES) if number == 4 else {"auroc", "accuracy"},
-    }
-    for name in set(_KEY[number]) & set(allowed):
-        unknown = set(frame[name]) - allowed[name]
+    remedy = ": one row each, and a column class where there are several selected classes"
+    check_frame(frame, _KEY[number], columns, where, remedy)
+    metrics = set(_CHANGES) if number == 4 else {"auroc", "accuracy"}
+    for name, known in (("scale", set(SCALES)), ("features", set(FEATURES)), ("metric", metrics)):
+        unknown = set(frame[name]) - known if name in _KEY[number] else ()
         if unknown:
             raise ValueError(
-                f"unknown {name} {', '.join(map(str, unknown))} in {where}: choose {', '.join(sorted(allowed[name]))}"
+                f"unknown {name} {', '.join(map(str, unknown))} in {where}: choose {', '.join(sorted(known))}"
             )
     return frame
 
@@ -331,9 +284,8 @@ def _assembled(number, frame, levels, columns, paper, dataset, data_label, selec
     table = frame.set_index(_KEY[number])[columns].reindex(cells)
     table["paper"] = [paper.get(cell[1:], np.nan) for cell in cells]
     table = table.reset_index()
-    labels = {"table": number, "data": data_label, "dataset": dataset} | (
-        {"selection": selection} if number > 1 else {}
-    )
+    labels = {"table": number, "data": data_label, "dataset": dataset}
+    labels |= {"selection": selection} if number > 1 else {}
     return table.assign(**labels)[[*labels, *table]]
 
 
@@ -353,13 +305,9 @@ def caption(table: pd.DataFrame, interval: str) -> str:
     of = " of the bold coefficient" if "chosen" in table else ""
     parts.append(f"95 % interval{of}: {interval}." if _has_intervals(table) else "No intervals.")
     row = f"Li et al., Table {spec['roman']}, {table['dataset'].iloc[0]}"
-    has_row = table["paper"].notna().any()
-    what = " (accuracy)" if _number(table) == 2 else " (the change only)" if _number(table) == 4 else ""
-    parts.append(
-        f"Paper: {row}{what}; other films and another classifier than ours."
-        if has_row
-        else f"{row}: not transcribed here."
-    )
+    what = {2: " (accuracy)", 4: " (the change only)"}.get(_number(table), "")
+    known = f"Paper: {row}{what}; other films and another classifier than ours."
+    parts.append(known if table["paper"].notna().any() else f"{row}: not transcribed here.")
     if _number(table) == 1:
         own = [CAMS.get(method, method) for method in table["method"].unique() if method not in _PRINTED]
         parts += [f"Without numbers in the paper: {', '.join(own)}."] if own else []
@@ -386,11 +334,9 @@ def _fewer(table: pd.DataFrame) -> tuple[pd.Series, dict[tuple[str, str], str]]:
     """Which cells have fewer films than others of their class, and how many films the classes and methods of such cells
     have."""
     n = table["n"].astype(float)  # an empty frame has columns of objects
-    fewer, methods = (
-        n < n.groupby(table["class"]).transform("max"),
-        n.groupby([table["class"], table["method"]], sort=False),
-    )
-    return fewer, {key: range_text(films, "film", "films") for key, films in methods if fewer[films.index].any()}
+    fewer = n < n.groupby(table["class"]).transform("max")
+    groups = n.groupby([table["class"], table["method"]], sort=False)
+    return fewer, {key: range_text(films, "film", "films") for key, films in groups if fewer[films.index].any()}
 
 
 def _lines(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
@@ -405,17 +351,14 @@ def _lines(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
         if number in (1, 3):
             for coefficient, title in _COEFFICIENTS.items():
                 texts = [number_text(cell[coefficient], decimals) for cell in group]
-                texts = [
-                    f"**{text}**" if cell["chosen"] == coefficient and text != MISSING else text
-                    for cell, text in zip(group, texts)
-                ]
+                bold = [cell["chosen"] == coefficient and text != MISSING for cell, text in zip(group, texts)]
+                texts = [f"**{text}**" if chosen else text for text, chosen in zip(texts, bold)]
                 lines.append((f"**{label}**, {title}" if coefficient == "pearson" else title, texts))
         else:
             lines.append((f"**{label}**", [number_text(cell["value"], decimals) for cell in group]))
         if _has_intervals(table):
-            lines.append(
-                ("95 % interval", [bounds_text(cell["ci_low"], cell["ci_high"], decimals, " to ") for cell in group])
-            )
+            bounds = [bounds_text(cell["ci_low"], cell["ci_high"], decimals, " to ") for cell in group]
+            lines.append(("95 % interval", bounds))
         if number == 2:
             lines.append(("number of features", [number_text(cell["n_features"], 0) for cell in group]))
         lines.append(("paper", [number_text(cell["paper"], decimals) for cell in group]))
@@ -427,10 +370,8 @@ def to_markdown(table: pd.DataFrame, *, interval: str) -> str:
     number = _number(table)
     groups, *names = zip(*_COLUMNS[number].values())
     head = [["Features" if number == 2 else "CAM", *groups], *(["", *level] for level in names)]
-    return markdown(
-        [*head, *([label, *cells] for label, cells in _lines(table))],
-        f"**Table {_TABLES[number]['roman']}.** {caption(table, interval)}",
-    )
+    rows = [*head, *([label, *cells] for label, cells in _lines(table))]
+    return markdown(rows, f"**Table {_TABLES[number]['roman']}.** {caption(table, interval)}")
 
 
 def to_latex(table: pd.DataFrame, *, interval: str) -> str:
@@ -439,16 +380,101 @@ def to_latex(table: pd.DataFrame, *, interval: str) -> str:
     number = _number(table)
     *groups, names = zip(*_COLUMNS[number].values())
     head = [*(["", *level] for level in groups), ["Features" if number == 2 else "CAM", *names]]
-    return latex(
-        head, tex_body(_lines(table)), caption=caption(table, interval), label=f"li-{_TABLES[number]['label']}", gap=4
-    )
+    name, below = f"li-{_TABLES[number]['label']}", caption(table, interval)
+    return latex(head, tex_body(_lines(table)), caption=below, label=name, gap=4)
+
+
+def printed(table: pd.DataFrame, *, interval: str) -> tuple[str, str]:
+    """A frame of `table1` to `table4` in Markdown and in LaTeX, for `records.write_paper_table`."""
+    return to_markdown(table, interval=interval), to_latex(table, interval=interval)
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
     """What a frame of `table1` to `table4` says, in words: Markdown sentences, every number taken from the frame."""
-    return {1: _scale_sentences, 2: _mask_sentences, 3: _selection_sentences, 4: _change_sentences}[_number(table)](
-        table
+    said = {1: _scale_sentences, 2: _mask_sentences, 3: _selection_sentences, 4: _change_sentences}
+    return said[_number(table)](table)
+
+
+def scale_label(data_label: str, kind: str, bounds: str) -> str:
+    """The data label, with the common scale where it is not the paper's."""
+    usual = (kind, bounds) == ("tanh", "pixels")
+    return data_label if usual else f"{data_label}; common scale: {kind}, from {bounds}"
+
+
+def selection_text(share: float, masks: np.ndarray, selected: int, union: bool = False) -> str:
+    """How the principal features were chosen, as Tables II to IV say it. `masks` : bool (F, C). `union` : of the
+    features of all ten digits, as Table II has them."""
+    text = f"the top {100 * share:g} % of a class's column of the importance matrix"
+    text += f" ({masks[:, selected].sum()} of {len(masks)} features)"
+    return f"the union over ten classes of {text}, {masks.any(1).sum()} features" if union else text
+
+
+def feature_text(name: str, candidates: pd.DataFrame) -> str:
+    """The most extreme feature of one class. `candidates` : of `importance.confounder_candidates`, any order."""
+    feature = candidates[candidates["class"] == name].nlargest(1, "robust_z").iloc[0]
+    return (
+        f"Feature {feature['feature']} stands out most for {name}: robust z {feature['robust_z']:.1f}, "
+        f"selectivity {feature['selectivity']:.2f} (1 where there is one class only)."
     )
+
+
+def marker_text(name: str, verdict, area: float) -> str:
+    """Whether a planted marker was found out. `name` : the class on whose films it is; `verdict` : of
+    `findings.confounder_test`; `area` : the share of the film that was covered."""
+    said = f"The marker planted on films with {name} lies within {area:.1%} of the film."
+    if not np.isfinite(verdict.excess_low):
+        nothing = "The class's top features add nothing that covering it could take away"
+        return f"{said} {nothing}: the confounder is not found."
+    return (
+        f"{said} Covering that place takes away **{verdict.share:.1%}** (95 % interval over patients: "
+        f"{verdict.low:.1%} to {verdict.high:.1%}) of what the class's top features add on its films and not on "
+        f"others, and of no other class more than {verdict.control:.1%} ({class_name(verdict.control_class)}). The "
+        f"difference is {verdict.excess:.1%}, at the lower end of its interval {verdict.excess_low:.1%}: the "
+        f"confounder is {'found' if verdict.found else 'not found'}."
+    )
+
+
+def use_sentences(
+    selected: str,
+    gap: pd.DataFrame,
+    curve: pd.DataFrame,
+    confounder: str,
+    pruned: pd.DataFrame,
+    losses: pd.DataFrame,
+    outliers: pd.DataFrame,
+) -> list[str]:
+    """What the five uses of the importance matrix say of a run, in words.
+
+    Parameters
+    ----------
+    selected : the class that is looked at.
+    gap : of `importance.train_test_difference`.
+    curve : of `findings.importance_curve`, on test films.
+    confounder : of `feature_text` and `marker_text`.
+    pruned : of `findings.pruning`.
+    losses : of `findings.features_per_class`, with a column loss.
+    outliers : of `findings.outliers`, with the film's image.
+    """
+    worst, strangest, n_features = gap.loc[gap["difference"].idxmax()], outliers.iloc[0], curve["k"].max()
+    carry = curve.loc[(curve["class"] == selected) & (curve["share"] >= 0.8), "k"].min()
+    auroc = pruned["auroc"].iloc[0]
+    free = pruned.loc[(pruned["auroc"] >= auroc - 0.01).cummin(), "n_removed"].max()
+    mean = losses.groupby("loss", sort=False)[["n_features80", "overlap"]].mean()
+    counts = ", ".join(f"{display(loss)} {count:.0f}" for loss, count in mean["n_features80"].items())
+    shared = ", ".join(f"{display(loss)} {share:.2f}" for loss, share in mean["overlap"].items())
+    lines = [
+        f"Between training and test films the column of {worst['class']} differs most: by {worst['difference']:.2f} of "
+        f"its size, where chance gives {worst['by_chance']:.2f}.",
+        f"{carry} of {n_features} features hold 80 % of the positive importance for {selected} on test films.",
+        confounder,
+        f"At least {free} of {n_features} features can be removed for at most 0.01 of the AUROC {auroc:.3f}.",
+        f"Features that hold 80 % of a class's positive importance, mean over classes: {counts}.",
+        f"The test film least like its class is {strangest['image']} ({strangest['class']}, distance "
+        f"{strangest['distance']:.2f}).",
+    ]
+    if losses["class"].nunique() > 1:
+        lines.insert(-1, f"Principal features that two classes share (Jaccard index), mean over classes: {shared}.")
+    return lines
 
 
 def _raised(table: pd.DataFrame, value: str, column: str, before: str, after: str) -> tuple[int, int, float]:
@@ -466,65 +492,45 @@ def _of(count: int, total: int) -> str:
 def _rises(table: pd.DataFrame, column: str, before: str, after: str) -> list[str]:
     """'Pearson's for 3 of 4 methods (+0.108 on average)', then Spearman's, then that of the paper's rule; empty if
     nothing can be compared."""
-    found = {
-        name: _raised(table, coefficient, column, before, after)
-        for coefficient, name in (("pearson", "Pearson"), ("spearman", "Spearman"), ("value", "the paper's rule"))
-    }
+    readings = {"pearson": "Pearson", "spearman": "Spearman", "value": "the paper's rule"}
+    found = {name: _raised(table, coefficient, column, before, after) for coefficient, name in readings.items()}
     noun = "methods" if table["class"].nunique() == 1 else "pairs of class and method"
     return [
-        f"{_of(count, total)} {noun} by {name} ({mean:+.3f} on average)"
-        for name, (count, total, mean) in found.items()
-        if total
+        f"{_of(n, all_)} {noun} by {name} ({mean:+.3f} on average)" for name, (n, all_, mean) in found.items() if all_
     ]
 
 
 def _scale_sentences(table: pd.DataFrame) -> list[str]:
     out, (fewer, few) = [], _fewer(table)
     if few:
+        most = range_text(table.loc[~fewer, "n"], "film", "films")
         left_out = "; ".join(f"{_label(*key)} ({films})" for key, films in few.items())
-        out.append(
-            "The counts leave out what was measured on fewer than "
-            f"{range_text(table.loc[~fewer, 'n'], 'film', 'films')}: {left_out}."
-        )
+        out.append(f"The counts leave out what was measured on fewer than {most}: {left_out}.")
         table = table.assign(**{name: table[name].where(~fewer) for name in (*_COEFFICIENTS, "value")})
     for scale, name in (("common_raw", "raw sums"), ("common_tanh", "sums of scaled values")):
-        rises = _rises(table, "scale", "individual", scale)
-        said = (
-            f"against individual ones: the correlation with the logit rises for {', '.join(rises)}"
-            if rises
-            else "cannot be compared: no method has both scales"
-        )
+        said, rises = "cannot be compared: no method has both scales", _rises(table, "scale", "individual", scale)
+        if rises:
+            said = f"against individual ones: the correlation with the logit rises for {', '.join(rises)}"
         out.append(f"The common scale ({name}) {said}.")
-    count, total, mean = _raised(
-        table[table["class"] == table["class"].iloc[0]], "paper", "scale", "individual", "common_raw"
-    )
+    first = table[table["class"] == table["class"].iloc[0]]
+    count, total, mean = _raised(first, "paper", "scale", "individual", "common_raw")
     if total:
-        out.append(
-            f"The paper's S- maps ({table['dataset'].iloc[0]}) raise it for {_of(count, total)} methods ({mean:+.3f} "
-            "on average)."
-        )
-    raw = table[table["scale"] == "common_raw"]
-    exact = [
-        CAMS.get(method, method)
-        for method, rows in raw.groupby("method", sort=False)
-        if (rows["pearson"] > 0.9995).all()
-    ]
+        dataset, many = table["dataset"].iloc[0], _of(count, total)
+        out.append(f"The paper's S- maps ({dataset}) raise it for {many} methods ({mean:+.3f} on average).")
+    by_method = table[table["scale"] == "common_raw"].groupby("method", sort=False)["pearson"]
+    exact = [CAMS.get(method, method) for method, values in by_method if (values > 0.9995).all()]
     if exact:
         out.append(
             f"The raw sum of {', '.join(exact)} is the logit up to constants (Pearson above 0.9995): with a pooled "
-            "linear head that is an "
-            "identity, not evidence."
+            "linear head that is an identity, not evidence."
         )
     return out + _rule_sentence(table)
 
 
 def _rule_sentence(table: pd.DataFrame) -> list[str]:
     chosen = table.loc[table["value"].notna(), "chosen"]
-    return (
-        [f"The paper's rule takes Spearman in {_of(int((chosen == 'spearman').sum()), len(chosen))} cells."]
-        if len(chosen)
-        else []
-    )
+    many = _of(int((chosen == "spearman").sum()), len(chosen))
+    return [f"The paper's rule takes Spearman in {many} cells."] if len(chosen) else []
 
 
 def _mask_sentences(table: pd.DataFrame) -> list[str]:
@@ -536,29 +542,24 @@ def _mask_sentences(table: pd.DataFrame) -> list[str]:
             continue
         where = f"{class_name(name)}: " if name else ""
         low, high = rows["ci_low"], rows["ci_high"]
-        verdict = (
-            "the principal features do better than all others together, as in the paper"
-            if value["principal"] > value["non_principal"]
-            else "the other features do at least as well as the principal ones, unlike in the paper"
-        )
+        verdict = "the other features do at least as well as the principal ones, unlike in the paper"
+        if value["principal"] > value["non_principal"]:
+            verdict = "the principal features do better than all others together, as in the paper"
         if low["principal"] <= high["non_principal"] and low["non_principal"] <= high["principal"]:  # never for NaN
             verdict = "the intervals overlap, so the two are not told apart"
-        title = METRICS.get(metric, metric)
         out.append(
-            f"{where}With {count['principal']:.0f} principal features of {count['all']:.0f} the {title} is "
-            f"{value['principal']:.3f}, with all "
-            f"{value['all']:.3f}, with the other {count['non_principal']:.0f} {value['non_principal']:.3f}: {verdict}."
+            f"{where}With {count['principal']:.0f} principal features of {count['all']:.0f} the "
+            f"{METRICS.get(metric, metric)} is {value['principal']:.3f}, with all {value['all']:.3f}, with the other "
+            f"{count['non_principal']:.0f} {value['non_principal']:.3f}: {verdict}."
         )
     if not out:
-        out.append(
-            "The masks cannot be compared: the numbers of all, principal or non-principal features are not there."
-        )
+        unknown = "the numbers of all, principal or non-principal features are not there"
+        out.append(f"The masks cannot be compared: {unknown}.")
     paper = table.dropna(subset=["paper"]).drop_duplicates("features").set_index("features")["paper"]
     if len(paper):
         out.append(
             f"The paper's accuracies ({table['dataset'].iloc[0]}): {paper['principal']:.3f} with the principal "
-            "features, "
-            f"{paper['all']:.3f} with all, {paper['non_principal']:.3f} with the others."
+            f"features, {paper['all']:.3f} with all, {paper['non_principal']:.3f} with the others."
         )
     return out
 
@@ -567,10 +568,8 @@ def _selection_sentences(table: pd.DataFrame) -> list[str]:
     out = []
     for scale, name in (("common_raw", "Raw sums"), ("common_tanh", "Sums of scaled values")):
         rises = _rises(table[table["scale"] == scale], "features", "all", "principal")
-        if rises:
-            out.append(
-                f"{name}: with the principal features only the correlation with the logit rises for {', '.join(rises)}."
-            )
+        said = "with the principal features only the correlation with the logit rises for"
+        out += [f"{name}: {said} {', '.join(rises)}."] if rises else []
     if not out:
         out.append("The selection cannot be compared: no method has maps of all and of the principal features.")
     printed = table[(table["scale"] == "common_raw") & (table["class"] == table["class"].iloc[0])]
@@ -578,8 +577,7 @@ def _selection_sentences(table: pd.DataFrame) -> list[str]:
     if total:
         out.append(
             f"The paper's FS-S- maps ({table['dataset'].iloc[0]}) have a higher one than its S- maps for "
-            f"{_of(count, total)} methods "
-            f"({mean:+.3f} on average)."
+            f"{_of(count, total)} methods ({mean:+.3f} on average)."
         )
     return out + _rule_sentence(table)
 
@@ -591,16 +589,14 @@ def _change_sentences(table: pd.DataFrame) -> list[str]:
         ours, paper = change["value"].dropna(), change.drop_duplicates("method")["paper"].dropna()
         name = _CHANGES[metric].removesuffix(" (%)").lower()
         if len(ours):
+            better_in = _of(int((ours * better > 0).sum()), len(ours))
             out.append(
-                f"With the principal features only the {name} changes by {ours.mean():+.1f} % on average; it "
-                "improves in "
-                f"{_of(int((ours * better > 0).sum()), len(ours))} cells."
+                f"With the principal features only the {name} changes by {ours.mean():+.1f} % on average; it improves "
+                f"in {better_in} cells."
             )
         else:
             out.append(f"The change of the {name} is not known: no method has both maps, or the original's is 0.")
         if len(paper):
-            out.append(
-                f"The paper's ({change['dataset'].iloc[0]}): {paper.mean():+.1f} %, it improves in "
-                f"{_of(int((paper * better > 0).sum()), len(paper))}."
-            )
+            better_in = _of(int((paper * better > 0).sum()), len(paper))
+            out.append(f"The paper's ({change['dataset'].iloc[0]}): {paper.mean():+.1f} %, it improves in {better_in}.")
     return out

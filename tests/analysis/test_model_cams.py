@@ -456,6 +456,46 @@ def test_wrong_input_is_refused(layer, options, message):
         model_cams(net, films, layer, **options)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_films_are_named(method):
+    net, films = build(Pooled)
+    with pytest.raises(ValueError, match="there are no films to explain: the batch is empty"):
+        model_cams(net, films[:0], "trunk", method=method)
+
+
+class Films(nn.Module):
+    """The films are the maps; their means over the film go through a linear head, or squared through a sum."""
+
+    def __init__(self, squared):
+        super().__init__()
+        self.same, self.squared, self.head = nn.Identity(), squared, nn.Linear(3, 2, bias=False)
+        self.head.weight.data.copy_(torch.tensor([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]]))
+
+    def forward(self, films):
+        maps = self.same(films)
+        return self.head((maps**2 if self.squared else maps).mean((2, 3)))
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_xgrad_gives_no_weight_to_a_map_whose_sum_is_0(squared):
+    net, films = build(Films, squared, shape=(2, 3, 4, 4), dtype=torch.float32)
+    films[0, 1] = torch.tensor([2.0, -2.0, 1.0, -1.0]).repeat(4, 1)  # not empty, but its sum is 0
+    ours = model_cams(net, films, "same", method="xgrad")
+    slope = 2 * films / 16 if squared else torch.full_like(films, 1 / 16)
+    for n, film in enumerate(films):
+        for c in range(2):
+            expected = torch.zeros(4, 4)
+            for k in range(3):
+                total = film[k].double().sum()
+                if total != 0:
+                    expected += net.head.weight[c, k].item() * (slope[n, k] * film[k]).sum() / total * film[k]
+            torch.testing.assert_close(ours.maps[n, c], expected.float(), rtol=1e-4, atol=1e-6)
+    assert (ours.contributions[0, :, 1] == 0).all()
+    if not squared:
+        closed = class_activation_maps(films, net.head.weight.detach(), "xgrad")
+        torch.testing.assert_close(closed, ours.maps, rtol=1e-4, atol=1e-6)
+
+
 def test_wrong_tokens_and_values_are_refused():
     net, films = build(Tokens, shape=(2, 3, 12, 16))
     with pytest.raises(ValueError, match=r"first gives tokens \(2, 13, 8\).* = 13, or 12 if"):

@@ -10,6 +10,7 @@ from lib import figures
 from lib.figures import style
 from lib.tables import LOSSES
 
+OWN, COMMON = ("", "grad"), ("S-", "grad")
 LABEL = "Simulated phantom films, not patients"
 CLASSES = [
     "Atelectasis",
@@ -102,15 +103,13 @@ def loss_frame(losses: tuple[str, ...], classes: list[str]) -> pd.DataFrame:
 
 def every_figure(classes: list[str], label: str) -> list:
     """Each function with small realistic arguments, called when asked."""
-    n, maps = len(classes), {"Grad": RNG.random((3, 7, 7)), "S-Grad": RNG.uniform(-1, 1, (3, 7, 7))}
+    n, maps = len(classes), {OWN: RNG.random((3, 7, 7)), COMMON: RNG.uniform(-1, 1, (3, 7, 7))}
     jaccard = {loss: RNG.random((n, n)) for loss in LOSSES}
     return [
         lambda: figures.activation_distribution(
             *distribution(n), tanh_between(*distribution(n)[2:]), classes, data_label=label
         ),
-        lambda: figures.scaled_cams(
-            FILMS, maps, ["Mass\nlogit 1.0\np = 0.73"] * 3, RNG.random(3), common=["S-Grad"], data_label=label
-        ),
+        lambda: figures.scaled_cams(FILMS, maps, ["Mass\nlogit 1.0\np = 0.73"] * 3, RNG.random(3), data_label=label),
         lambda: figures.consistency_scatter(sums_frame(), data_label=label),
         lambda: figures.importance_panels(*importance(32, n), classes, classes[-1], data_label=label),
         lambda: figures.principal_curve(curve_frame(classes, tuple(LOSSES)), data_label=label),
@@ -203,18 +202,17 @@ def test_distribution_refuses_shapes(edges, counts, bound):
 def scaled(**changes) -> Figure:
     arguments = {
         "films": FILMS,
-        "maps": {"Grad": np.full((3, 8, 8), 0.5), "S-Grad": np.full((3, 8, 8), -0.5)},
+        "maps": {OWN: np.full((3, 8, 8), 0.5), COMMON: np.full((3, 8, 8), -0.5)},
         "titles": ["low", "unknown", "high"],
         "confidence": np.array([0.2, np.nan, 0.9]),
-        "common": ["S-Grad"],
         "data_label": LABEL,
     } | changes
     return figures.scaled_cams(**arguments)
 
 
 def test_scaled_cams_orders_rows_and_keeps_each_column_on_its_scale():
-    maps = {"Grad": RNG.random((3, 8, 8)), "S-Grad": RNG.uniform(-1, 1, (3, 8, 8))}
-    maps["S-Grad"][1] = np.nan
+    maps = {OWN: RNG.random((3, 8, 8)), COMMON: RNG.uniform(-1, 1, (3, 8, 8))}
+    maps[COMMON][1] = np.nan
     figure = scaled(maps=maps, boxes=[[], [], [(2, 3, 10, 12)]])
     found = drawn(figure)
     assert [ax.get_ylabel() for ax in figure.axes[0:9:3]] == ["high", "low", "unknown"]
@@ -226,11 +224,32 @@ def test_scaled_cams_orders_rows_and_keeps_each_column_on_its_scale():
     assert [image.get_clim() for image in overlays["Grad"]] == [(0, 1)] and [
         image.get_clim() for image in overlays["S-Grad"]
     ] == [(-1, 1)]
-    assert np.array_equal(overlays["Grad"][0].get_array(), maps["Grad"][2]) and overlays[8] == []
+    assert np.array_equal(overlays["Grad"][0].get_array(), maps[OWN][2]) and overlays[8] == []
     assert all(len(ax.patches) == 1 for ax in figure.axes[:3]) and not any(ax.patches for ax in figure.axes[3:9])
-    only = drawn(scaled(maps={"S-Grad": maps["S-Grad"]}))
+    only = drawn(scaled(maps={COMMON: maps[COMMON]}))
     assert "individual scale of each map" not in only
-    drawn(scaled(maps={"Grad": maps["Grad"]}, common=[]))
+    assert "common scale of all films" not in drawn(scaled(maps={OWN: maps[OWN]}))
+    found = drawn(scaled(maps={("", "hires"): maps[OWN], ("FS-S-", "my_cam"): maps[COMMON]}))
+    assert {"Pixel-wise Grad", "FS-S-my_cam"} <= {text.replace("\n", " ") for text in found}
+
+
+def test_film_titles_name_two_labels_and_the_confidence():
+    labels = ["", "Mass", "Mass|Nodule", "Mass|Nodule|Edema"]
+    assert figures.film_titles(labels) == ["not normal", "Mass", "Mass, Nodule", "Mass, Nodule, …"]
+    assert figures.film_titles(labels[1:2], [0.256]) == ["Mass\np = 0.26"]
+
+
+def test_class_boxes_are_those_of_each_film():
+    columns = ["image", "class", "x1", "y1", "x2", "y2"]
+    rows = [
+        ("a", "Mass", 1, 2, 3, 4),
+        ("b", "Mass", 5, 6, 7, 8),
+        ("a", "Nodule", 0, 0, 9, 9),
+        ("a", "Mass", 2, 2, 4, 4),
+    ]
+    found = figures.class_boxes(pd.DataFrame(rows, columns=columns), ["b", "c", "a"], "Mass")
+    assert [boxes.tolist() for boxes in found] == [[[5, 6, 7, 8]], [], [[1, 2, 3, 4], [2, 2, 4, 4]]]
+    assert all(boxes.shape[1] == 4 for boxes in found)
 
 
 def test_signed_colours_are_clear_at_zero():
@@ -246,13 +265,12 @@ def test_signed_colours_are_clear_at_zero():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"maps": {"Grad": np.zeros((2, 8, 8))}, "common": []}, "3 films, but"),
+        ({"maps": {("", "grad"): np.zeros((2, 8, 8))}}, "3 films, but .* 2 maps Grad"),
         ({"titles": ["a"]}, "3 films, but 1 titles"),
         ({"confidence": np.zeros(2)}, "2 confidences"),
-        ({"common": ["FS-S-Grad"]}, "FS-S-Grad, which is not among"),
-        ({"common": []}, r"'S-Grad' reach from -0.5 to -0.5: scale them to \[0, 1\]"),
+        ({"maps": {("", "grad"): np.full((3, 8, 8), -0.5)}}, r"'Grad' reach from -0.5 to -0.5: scale them to \[0, 1\]"),
         ({"boxes": [[]]}, "1 boxes"),
-        ({"maps": {"S-Grad": np.full((3, 8, 8), 1.5)}}, r"scale them to \[-1, 1\]"),
+        ({"maps": {("S-", "grad"): np.full((3, 8, 8), 1.5)}}, r"'S-Grad' reach .* scale them to \[-1, 1\]"),
     ],
 )
 def test_scaled_cams_refuses(changes, message):

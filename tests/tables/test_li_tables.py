@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from lib.analysis import model_cams
+from lib.analysis.features.findings import Confounder
 from lib.tables import li
 
 PHANTOM = "Simulated phantom films, not patients"
@@ -426,3 +427,77 @@ def test_sentences_follow_the_numbers():
         "average drop changes by -50.0 % on average; it improves in all 4 cells"
         in li.sentences(li.table4(drop, **CHOSEN))[2]
     )
+
+
+# ---- what is said beside the tables
+
+
+def test_labels_say_what_is_not_the_papers():
+    assert li.scale_label(PHANTOM, "tanh", "pixels") == PHANTOM
+    assert li.scale_label(PHANTOM, "linear", "pixels") == f"{PHANTOM}; common scale: linear, from pixels"
+    masks = np.zeros((40, 3), bool)
+    masks[[0, 1], 0] = masks[[1, 2], 1] = masks[[5, 6], 2] = True
+    text = "the top 5 % of a class's column of the importance matrix (2 of 40 features)"
+    assert li.selection_text(0.05, masks, 1) == text
+    assert li.selection_text(0.05, masks, 1, union=True) == f"the union over ten classes of {text}, 5 features"
+
+
+def test_a_table_is_printed_in_both_languages():
+    for table in all_tables():
+        expected = li.to_markdown(table, interval=INTERVAL), li.to_latex(table, interval=INTERVAL)
+        assert li.printed(table, interval=INTERVAL) == expected
+
+
+def test_the_feature_that_stands_out_is_the_classs_own():
+    candidates = pd.DataFrame(
+        {"class": ["a", "b", "b"], "feature": [1, 2, 3], "robust_z": [9.0, 3.0, 4.04], "selectivity": [1, 0.5, 0.25]}
+    )
+    assert li.feature_text("b", candidates).startswith(
+        "Feature 3 stands out most for b: robust z 4.0, selectivity 0.25"
+    )
+
+
+def test_the_marker_is_found_only_where_the_test_says_so():
+    found = Confounder(0.826, 0.71, 0.94, 0.049, "Pleural_Thickening", 0.777, 0.65, True)
+    text = li.marker_text("Pneumothorax", found, 0.0134)
+    for part in (
+        "Pneumothorax lies within 1.3% of the film",
+        "**82.6%**",
+        "71.0% to 94.0%",
+        "4.9% (Pleural Thickening)",
+    ):
+        assert part in text
+    assert text.endswith("The difference is 77.7%, at the lower end of its interval 65.0%: the confounder is found.")
+    missed = li.marker_text("Pneumothorax", found._replace(excess_low=-0.01, found=False), 0.01)
+    assert missed.endswith("interval -1.0%: the confounder is not found.")
+    empty = li.marker_text("Pneumothorax", Confounder(*[np.nan] * 4, "a", np.nan, np.nan, False), 0.01)
+    assert "add nothing that covering it could take away: the confounder is not found." in empty and "nan" not in empty
+
+
+def uses(classes=("Mass", "Nodule")) -> list[str]:
+    gap = pd.DataFrame({"class": classes, "difference": [0.1, 0.45][: len(classes)], "by_chance": 0.2})
+    share = [0.5, 0.79, 0.8, 1.0]
+    curve = pd.concat([pd.DataFrame({"class": name, "k": [1, 2, 3, 4], "share": share}) for name in classes])
+    pruned = pd.DataFrame({"n_removed": [0, 10, 20, 30], "auroc": [0.8, 0.795, 0.7, 0.8]})
+    losses = pd.concat(
+        [
+            pd.DataFrame({"loss": loss, "class": classes, "n_features80": n, "overlap": 0.01 * n})
+            for loss, n in (("focal", 20), ("bce", 30))
+        ]
+    )
+    outliers = pd.DataFrame({"image": ["x.png", "y.png"], "class": ["Mass", "Nodule"], "distance": [0.58, 0.4]})
+    return li.use_sentences(classes[0], gap, curve, "A feature stands out.", pruned, losses, outliers)
+
+
+def test_the_five_uses_in_words():
+    assert uses() == [
+        "Between training and test films the column of Nodule differs most: by 0.45 of its size, where chance gives "
+        "0.20.",
+        "3 of 4 features hold 80 % of the positive importance for Mass on test films.",
+        "A feature stands out.",
+        "At least 10 of 4 features can be removed for at most 0.01 of the AUROC 0.800.",
+        "Features that hold 80 % of a class's positive importance, mean over classes: Focal 20, BCE 30.",
+        "Principal features that two classes share (Jaccard index), mean over classes: Focal 0.20, BCE 0.30.",
+        "The test film least like its class is x.png (Mass, distance 0.58).",
+    ]
+    assert len(uses(("Unhealthy",))) == 6 and not any("share (Jaccard" in line for line in uses(("Unhealthy",)))

@@ -1,23 +1,23 @@
-"""Do class activation maps follow the logits (Li et al., sec. III-B)? The correlation of the sum of a film's map with
-its logit."""
+"""Do class activation maps follow the logits (Li et al., sec. III-B, Tables I and III)? The correlation of the sum of a
+film's map with its logit."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.analysis.cam import normalise, resize
 from lib.analysis.features.scale import s_cam
-from lib.analysis.features.survey import film_cams, with_principal
+from lib.analysis.features.survey import View, film_cams, with_principal
 from lib.analysis.statistics import patient_replicates
 
-_REPLICATES = 2**20  # weights of replicates at a time, float64 (8 MiB)
 SIGNIFICANCE = 0.05
 _BLOCK = 2**21  # float64 values of one intermediate array (16 MiB)
+_REPLICATES = 2**20  # weights of replicates at a time, float64 (8 MiB)
 
 
 def class_totals(
@@ -36,7 +36,7 @@ def class_totals(
     raw : float (B, C, h, w)
         Signed maps.
     alpha, beta : float or float (C,)
-        Of `activations.tanh_scale` (or `linear_scale`), with `order` and `kind` as for `activations.s_cam`.
+        Of `scale.tanh_scale` (or `linear_scale`), with `order` and `kind` as for `scale.s_cam`.
     size : int or (int, int)
         Of the film.
 
@@ -106,9 +106,8 @@ def consistency(totals: ArrayLike, logits: ArrayLike) -> Consistency:
     """
     pair = [np.asarray(values, dtype=np.float64) for values in (totals, logits)]
     if pair[0].ndim != 1 or pair[0].shape != pair[1].shape:
-        raise ValueError(
-            f"totals have shape {pair[0].shape} and logits {pair[1].shape}: one value a film is needed of both"
-        )
+        shapes = f"totals have shape {pair[0].shape} and logits {pair[1].shape}"
+        raise ValueError(f"{shapes}: one value a film is needed of both")
     n = len(pair[0])
     for name, values in zip(("totals", "logits"), pair):
         if not np.isfinite(values).all():
@@ -194,10 +193,7 @@ def _gauss_sum(points: np.ndarray, b2: float) -> float:
         return float(density[0] @ power @ density[1])
     total, width = 0.0, max(1, _BLOCK // n)
     for start in range(0, n, width):
-        block, rest = (
-            points[:, start : start + width],
-            points[:, start:],
-        )  # each pair once, but both ways within a block
+        block, rest = points[:, start : start + width], points[:, start:]  # each pair once, but both ways in a block
         distance = np.subtract.outer(block[0], rest[0]) ** 2
         distance += np.subtract.outer(block[1], rest[1]) ** 2
         kernel = np.exp(-b2 / 2 * distance, out=distance)
@@ -216,16 +212,14 @@ def _standard(values: np.ndarray) -> np.ndarray:
 
 
 def activation_sums(
-    model: nn.Module,
-    batches: Iterable,
-    layer: str,
+    view: View,
+    rows: np.ndarray,
     selected: int,
     scales: Mapping[str, tuple[np.ndarray, np.ndarray]],
     size: int,
     *,
     kind: str = "tanh",
     features: Mapping[str, np.ndarray] | None = None,
-    token_grid: Sequence[int] = (),
     progress: bool = False,
 ) -> pd.DataFrame:
     """Sum of the class activations of each film for one class, by method and scale, with the class's logit (sec.
@@ -236,7 +230,7 @@ def activation_sums(
     selected : int
         Output whose maps are summed.
     scales : mapping of method to (alpha, beta)
-        Of `common_scale`; the methods to look at.
+        Of `scale.common_scale`; the methods to look at.
     features : mapping of method to 0/1 (F,), optional
         Besides the maps of all features those of these alone, on the same scale.
 
@@ -246,27 +240,15 @@ def activation_sums(
         A row per film, method, features ('all', 'principal') and scale ('individual', 'common_raw', 'common_tanh'):
         row, method, features, scale, activation (NaN on a scale of NaN), logit.
     """
-    masks, parts = with_principal(features), []
-    for batch, output, cams in film_cams(
-        model, batches, layer, list(scales), masks=masks, token_grid=token_grid, classes=[selected], progress=progress
-    ):
+    parts, options = [], {"masks": with_principal(features), "classes": [selected], "progress": progress}
+    for batch, output, cams in film_cams(view, rows, list(scales), **options):
         logit = output.logits[:, selected].cpu().numpy()
         for (method, label), found in cams.items():
             alpha, beta = (values[selected] for values in scales[method])
             sums = class_totals(found.maps, alpha, beta, size, kind=kind)
             for scale, name in (("individual", "individual"), ("raw", "common_raw"), ("scaled", "common_tanh")):
-                parts.append(
-                    pd.DataFrame(
-                        {
-                            "row": np.asarray(batch.rows),
-                            "method": method,
-                            "features": label,
-                            "scale": name,
-                            "activation": sums[scale][:, 0],
-                            "logit": logit,
-                        }
-                    )
-                )
+                names = {"row": np.asarray(batch.rows), "method": method, "features": label, "scale": name}
+                parts.append(pd.DataFrame({**names, "activation": sums[scale][:, 0], "logit": logit}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -277,46 +259,18 @@ def consistency_table(
     of the chosen one.
 
     `sums` : of `activation_sums`. `patients` : of each film row. Columns: method, features, scale, pearson, spearman,
-    normal, chosen ('pearson' or 'spearman', by the rule of `consistency.consistency`; '' where neither exists), n,
+    normal, chosen ('pearson' or 'spearman', by the rule of `consistency`; '' where neither exists), n,
     ci_low, ci_high (95 %; NaN for fewer than two patients), note.
     """
     rows = []
-    for (method, label, scale), part in sums.groupby(["method", "features", "scale"], sort=False):
+    for key, part in sums.groupby(["method", "features", "scale"], sort=False):
         if part["activation"].isna().all():
-            rows.append(
-                (
-                    method,
-                    label,
-                    scale,
-                    np.nan,
-                    np.nan,
-                    False,
-                    "",
-                    len(part),
-                    np.nan,
-                    np.nan,
-                    "the class has no common scale",
-                )
-            )
-            continue
-        found = consistency(part["activation"], part["logit"])
-        low, high = _interval(part, patients, found.used, n_replicates, seed)
-        rows.append(
-            (
-                method,
-                label,
-                scale,
-                found.pearson,
-                found.spearman,
-                found.normal,
-                found.used,
-                found.n,
-                low,
-                high,
-                found.note,
-            )
-        )
-    names = ["method", "features", "scale", "pearson", "spearman", "normal", "chosen", "n", "ci_low", "ci_high", "note"]
+            found = Consistency(np.nan, "", *[np.nan] * 4, False, len(part), "the class has no common scale")
+        else:
+            found = consistency(part["activation"], part["logit"])
+        bounds = _interval(part, patients, found.used, n_replicates, seed)
+        rows.append((*key, found.pearson, found.spearman, found.normal, found.used, found.n, *bounds, found.note))
+    names = "method features scale pearson spearman normal chosen n ci_low ci_high note".split()
     return pd.DataFrame(rows, columns=names)
 
 
@@ -337,10 +291,8 @@ def _interval(
         weights = draws.counts[start : start + step, draws.patient].astype(np.float64)
         pair = values
         if used == "spearman":
-            shares = [
-                np.add.reduceat(weights[:, np.argsort(group, kind="stable")], first, axis=1)
-                for group, first in zip(groups, starts)
-            ]
+            orders = [np.argsort(group, kind="stable") for group in groups]
+            shares = [np.add.reduceat(weights[:, order], first, axis=1) for order, first in zip(orders, starts)]
             pair = [(share.cumsum(1) - share / 2)[:, group] for share, group in zip(shares, groups)]
         drawn.append(_weighted_correlation(*pair, weights))
     drawn = np.concatenate(drawn)
@@ -356,6 +308,5 @@ def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> 
     squares = [(weights * value**2).sum(1) for value in away]
     size = [(weights * value**2).sum(1) for value in (x, y)]
     constant = np.logical_or(*(square <= 1e-24 * whole for square, whole in zip(squares, size)))
-    return np.where(
-        constant, np.nan, (weights * away[0] * away[1]).sum(1) / np.sqrt(np.where(constant, 1, squares[0] * squares[1]))
-    )
+    both = (weights * away[0] * away[1]).sum(1)
+    return np.where(constant, np.nan, both / np.sqrt(np.where(constant, 1, squares[0] * squares[1])))

@@ -1,17 +1,30 @@
-"""What the importance matrix is good for (Li et al., sec. VI): features that carry a class, confounders, outlier
-films."""
+"""What the importance matrix is good for (Li et al., sec. VI): features that carry a class, confounders, outlier films,
+features that can go."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from lib.analysis import cam
-from lib.analysis.features.importance import carriers, film_distances, overlap, participation, select_features
-from lib.analysis.features.survey import film_cams
+from lib.analysis.cam import resize
+from lib.analysis.features.importance import (
+    carriers,
+    film_distances,
+    overlap,
+    participation,
+    redundancy,
+    select_features,
+)
+from lib.analysis.features.masking import logits_with
+from lib.analysis.features.survey import View, film_cams, survey
+from lib.analysis.metrics import classification_metrics
+from lib.analysis.statistics import patient_replicates, percentile_interval
 
 
 def importance_curve(importance: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
@@ -24,7 +37,7 @@ def importance_curve(importance: np.ndarray, classes: Sequence[str]) -> pd.DataF
     return pd.DataFrame({"class": np.repeat(list(classes), n_features), "k": k, "share": share.T.ravel()})
 
 
-def carried(importance: np.ndarray, classes: Sequence[str], principal_share: float) -> pd.DataFrame:
+def features_per_class(importance: np.ndarray, classes: Sequence[str], principal_share: float) -> pd.DataFrame:
     """How many features carry each class, and how far classes share them: class, n_features80, participation, overlap.
 
     `overlap` : mean Jaccard index of the class's principal features (the top `principal_share`) with those of every
@@ -36,27 +49,30 @@ def carried(importance: np.ndarray, classes: Sequence[str], principal_share: flo
     shared[empty] = shared[:, empty] = np.nan  # a class without films is no evidence that classes share nothing
     np.fill_diagonal(shared, np.nan)
     others = np.isfinite(shared).sum(1)
-    return pd.DataFrame(
-        {
-            "class": list(classes),
-            "n_features80": carriers(importance).sum(0),
-            "participation": participation(importance),
-            "overlap": np.divide(np.nansum(shared, 1), others, out=np.full(len(shared), np.nan), where=others > 0),
-        }
-    )
+    shared = np.divide(np.nansum(shared, 1), others, out=np.full(len(shared), np.nan), where=others > 0)
+    counts = {"n_features80": carriers(importance).sum(0), "participation": participation(importance)}
+    return pd.DataFrame({"class": list(classes), **counts, "overlap": shared})
+
+
+def importance_of_models(view: View, rows: np.ndarray, models: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
+    """The importance matrix (F, C) of eq. 3, by Grad, of several models in the place of the view's own."""
+    surveys = {name: survey(replace(view, model=model), rows, ["grad"]) for name, model in models.items()}
+    return {name: found.importance["grad"].all for name, found in surveys.items()}
+
+
+def compare_losses(
+    importance: Mapping[str, np.ndarray], classes: Sequence[str], principal_share: float
+) -> pd.DataFrame:
+    """`features_per_class` of the matrices of several losses, one below the other, with a column loss."""
+    frames = [features_per_class(one, classes, principal_share).assign(loss=loss) for loss, one in importance.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+# ---- confounders
 
 
 def responses(
-    model: nn.Module,
-    batches: Iterable,
-    layer: str,
-    selected: int,
-    mask: np.ndarray,
-    *,
-    size: int,
-    top: int = 6,
-    method: str = "grad",
-    token_grid: Sequence[int] = (),
+    view: View, rows: np.ndarray, selected: int, mask: np.ndarray, size: int, top: int = 6, method: str = "grad"
 ) -> tuple[np.ndarray, np.ndarray]:
     """What some features respond to: the films on which their weighted maps for a class add most, the most first.
 
@@ -76,68 +92,179 @@ def responses(
     """
     best: list[tuple[float, int, Tensor]] = []
     only = {"these": {method: torch.as_tensor(mask)}}
-    for batch, _, cams in film_cams(
-        model, batches, layer, [method], masks=only, classes=[selected], token_grid=token_grid
-    ):
+    for batch, _, cams in film_cams(view, rows, [method], masks=only, classes=[selected]):
         maps = cams[method, "these"].maps[:, 0].cpu()
         best += zip(maps.double().sum((1, 2)).tolist(), np.asarray(batch.rows).tolist(), maps)
-        best = [
-            (total, row, film.clone()) for total, row, film in sorted(best, key=lambda item: -item[0])[:top]
-        ]  # a view would keep its batch
-    return np.array([row for _, row, _ in best]), cam.resize(torch.stack([film for *_, film in best]), size).numpy()
+        best = sorted(best, key=lambda item: -item[0])[:top]
+        best = [(total, row, film.clone()) for total, row, film in best]  # a view would keep its batch
+    return np.array([row for _, row, _ in best]), resize(torch.stack([film for *_, film in best]), size).numpy()
 
 
-def marked_share(response: np.ndarray, marks: np.ndarray, cell: int) -> tuple[float, float]:
-    """How much of a positive response lies on marks, and how much of the films they cover: both in [0, 1].
-
-    A map cannot follow a mark more finely than its own cells, so every mark is first widened by one cell on each side.
-    A share well above the area says that the features respond to the marks, or to what lies beneath them.
+def marked_place(marks: ArrayLike, size: int) -> np.ndarray:
+    """The rectangle in which all marks lie, on films of another size, bool (size, size); pixels that it cuts count.
 
     Parameters
     ----------
-    response : float (K, S, S)
-        Of `responses`; what is negative does not count. The share is NaN where nothing is positive.
-    marks : bool (K, S, S)
-    cell : int
-        Side of a cell of the unresized map, in pixels.
+    marks : bool (N, S, S)
+        Of each film; none of them need have one, and the rectangle is then empty.
     """
-    widened = np.stack(
-        [cv2.dilate(mark.astype(np.uint8), np.ones((2 * cell + 1, 2 * cell + 1), np.uint8)) for mark in marks]
-    ).astype(bool)
-    positive = np.maximum(np.asarray(response, np.float64), 0)
-    total = positive.sum()
-    return float(positive[widened].sum() / total) if total > 0 else np.nan, float(widened.mean())
+    marks = np.asarray(marks)
+    place, side = np.zeros((size, size), bool), marks.shape[1]
+    spans = [np.flatnonzero(marks.any(axis=axes)) for axes in ((0, 2), (0, 1))]
+    if marks.any():
+        place[tuple(slice(span[0] * size // side, -(-(span[-1] + 1) * size // side)) for span in spans)] = True
+    return place
 
 
-def outliers(
-    model: nn.Module,
-    batches: Iterable,
+def contributions_with_and_without(
+    view: View, rows: np.ndarray, masks: np.ndarray, place: np.ndarray, method: str = "grad"
+) -> np.ndarray:
+    """What some features add to each class on every film, as it is and with one place covered.
+
+    Parameters
+    ----------
+    masks : 0/1 (F, C)
+        The features of each class.
+    place : bool (S, S)
+        Of the films that the model sees; it is painted over with the mean of each film and channel.
+
+    Returns
+    -------
+    float64 (2, N, C)
+    """
+    cover, only = torch.as_tensor(place), {"these": {method: torch.as_tensor(masks.T)}}
+
+    def twice(films: np.ndarray) -> Iterator[SimpleNamespace]:
+        for batch in view.batches(films):
+            covered = torch.where(cover.to(batch.images.device), batch.images.mean((2, 3), True), batch.images)
+            for images in (batch.images, covered):
+                yield SimpleNamespace(rows=batch.rows, images=images)
+
+    found = [
+        cams[method, "these"].contributions.double().sum(2).cpu().numpy()
+        for *_, cams in film_cams(replace(view, batches=twice), rows, [method], masks=only)
+    ]
+    return np.stack([np.concatenate(found[0::2]), np.concatenate(found[1::2])])
+
+
+class Confounder(NamedTuple):
+    """Whether a place of the films makes a class, and no other class.
+
+    Attributes
+    ----------
+    share : float
+        Of what the class's features add on its films and not on others: how much is lost when the place is covered.
+    low, high : float
+        Its 95 % interval over patients; NaN for fewer than two.
+    control, control_class : float, str
+        The same of the other class that loses most.
+    excess, excess_low : float
+        `share` minus `control`, and the lower end of its 95 % interval; in every replicate the control is the class
+        that loses most there.
+    found : bool
+        Whether that end is above 0: the class depends on the place beyond chance, and more than any other.
+    """
+
+    share: float
+    low: float
+    high: float
+    control: float
+    control_class: str
+    excess: float
+    excess_low: float
+    found: bool
+
+
+def confounder_test(
+    contributions: np.ndarray,
     targets: np.ndarray,
-    importance: np.ndarray,
     classes: Sequence[str],
-    layer: str,
-    method: str = "grad",
-    *,
-    token_grid: Sequence[int] = (),
-) -> pd.DataFrame:
+    selected: int,
+    patients: ArrayLike,
+    n_replicates: int = 2000,
+    seed: int = 0,
+) -> Confounder:
+    """Does a class hang on one place of its films? The contrast of its features, mean over the films of the class minus
+    mean over the others, before and after the place is covered on all films.
+
+    The same of every other class is the control: their films lose as many pixels. Films of the selected class take no
+    part in the controls, because they may carry what is suspected.
+
+    Parameters
+    ----------
+    contributions : float (2, N, C)
+        Of `contributions_with_and_without`.
+    targets : 0/1 (N, C)
+    selected : int
+        The class under suspicion.
+    patients : (N,)
+        Of each film; the intervals are a bootstrap over patients, all classes from the same draws.
+    n_replicates : int
+        At least 1.
+
+    Returns
+    -------
+    Confounder
+        NaN, and not found, where the features of the class add nothing that could be lost, or those of no other class.
+
+    Raises
+    ------
+    ValueError
+        A single class: there is nothing to compare it with.
+    """
+    if len(classes) < 2:
+        raise ValueError(f"{classes[0]} is the only class: a confounder is told by comparison with others")
+    member, patients = np.asarray(targets, bool), np.asarray(patients)
+    allowed = ~member[:, [selected]] | (np.arange(member.shape[1]) == selected)
+    draws = patient_replicates(patients, n_replicates, seed)
+    weights = np.vstack([np.ones(len(member)), draws.counts[:, draws.patient]])  # first the films themselves
+    with np.errstate(invalid="ignore", divide="ignore"):
+        inside, outside = (
+            [(weights @ (values * films)) / (weights @ films.astype(float)) for values in contributions]
+            for films in (member & allowed, ~member & allowed)
+        )
+        whole, covered = np.subtract(inside, outside)
+        lost = np.where(whole > 0, 1 - covered / whole, np.nan)  # (1 + R, C)
+    share, others = lost[:, selected], np.delete(lost, selected, axis=1)
+    excess = share - np.fmax.reduce(others, axis=1, initial=np.nan)
+    n_patients = len(set(patients[member[:, selected]]))
+    low, high, _ = percentile_interval(share[1:], n_patients)
+    bound, *_ = percentile_interval(excess[1:], n_patients)
+    most = int(np.argmax(np.nan_to_num(others[0], nan=-np.inf)))
+    control = np.delete(classes, selected)[most]
+    return Confounder(share[0], low, high, others[0, most], control, excess[0], bound, bound > 0)
+
+
+# ---- films and features
+
+
+def outliers(view: View, rows: np.ndarray, importance: np.ndarray, method: str = "grad") -> pd.DataFrame:
     """Films whose features differ from their class's column of the importance matrix, the strangest first: row, class,
     distance, logit.
 
-    `importance` : float (F, C), `Importance.own` of training films. `distance` : see `integrated.film_distances`.
+    `importance` : float (F, C), `Importance.own` of training films. `distance` : see `importance.film_distances`.
     """
     parts = []
-    for batch, output, cams in film_cams(model, batches, layer, [method], token_grid=token_grid):
-        rows = np.asarray(batch.rows)
-        distance = film_distances(cams[method, "all"].contributions, targets[rows], importance)
+    for batch, output, cams in film_cams(view, rows, [method]):
+        films, logits = np.asarray(batch.rows), output.logits.cpu().numpy()
+        distance = film_distances(cams[method, "all"].contributions, view.targets[films], importance)
         film, label = np.nonzero(np.isfinite(distance))
-        parts.append(
-            pd.DataFrame(
-                {
-                    "row": rows[film],
-                    "class": [classes[c] for c in label],
-                    "distance": distance[film, label],
-                    "logit": output.logits.cpu().numpy()[film, label],
-                }
-            )
-        )
+        names = {"row": films[film], "class": [view.classes[c] for c in label]}
+        parts.append(pd.DataFrame({**names, "distance": distance[film, label], "logit": logits[film, label]}))
     return pd.concat(parts).sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+
+
+def pruning(view: View, rows: np.ndarray, importance: np.ndarray, steps: int = 12) -> pd.DataFrame:
+    """What is left of the macro AUROC when features are removed in the order of what they matter least to any class:
+    n_removed (from none to all but one, in `steps` steps), auroc.
+
+    `importance` : float (F, C).
+    """
+    order = np.argsort(redundancy(importance), kind="stable")
+    removed = np.linspace(0, len(order) - 1, steps).round().astype(int)
+    kept = {n: ~np.isin(np.arange(len(order)), order[:n]) for n in removed}
+    macro = []
+    for logits in logits_with(view, rows, kept).values():  # without intervals it does not matter whose films these are
+        found = classification_metrics(logits, view.targets[rows], view.classes, rows, n_replicates=0)
+        macro.append(found["auroc"].iloc[-1])
+    return pd.DataFrame({"n_removed": removed, "auroc": macro})

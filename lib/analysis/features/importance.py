@@ -1,8 +1,7 @@
 """The importance of each feature for each class (Li et al., eq. 3 and 4), and what can be read from it.
 
 The importance matrix (`ImportanceMatrix`, features x classes) gives the principal features (`select_features`) and,
-further down, the other uses the paper has for it. The common scale of the class activations is in `activations`; how
-well both hold is measured in `consistency`.
+further down, what the paper's five uses of it are made of (`findings`).
 """
 
 from collections.abc import Sequence
@@ -14,8 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-# --- importance matrix
-# ----------------------------------------------------------------------------------------------------------------
+# ---- importance matrix
 
 
 @dataclass(frozen=True)
@@ -80,33 +78,21 @@ class ImportanceMatrix:
         if contributions.ndim != 3 or contributions.shape[1] != n_classes:
             raise ValueError(f"need contributions (B, {n_classes}, F), got shape {tuple(contributions.shape)}")
         labels = _labels(targets, n_classes)
-        kept = (
-            np.ones(labels.shape, dtype=bool)
-            if correct is None
-            else np.asarray(torch.as_tensor(correct).cpu(), dtype=bool)
-        )
+        kept = np.ones(labels.shape, bool) if correct is None else np.asarray(torch.as_tensor(correct).cpu(), bool)
         if len(labels) != len(contributions) or kept.shape != labels.shape:
-            raise ValueError(
-                f"{len(contributions)} films come with {len(labels)} targets and a choice of shape {kept.shape}"
-            )
+            found = f"{len(labels)} targets and a choice of shape {kept.shape}"
+            raise ValueError(f"{len(contributions)} films come with {found}")
         if not torch.isfinite(contributions).all():
             film, c, feature = torch.nonzero(~torch.isfinite(contributions))[0].tolist()
-            raise ValueError(
-                f"class {self.classes[c]!r}: NaN or infinite contribution of feature {feature} in film {film} of the "
-                "batch"
-            )
+            where = f"of feature {feature} in film {film} of the batch"
+            raise ValueError(f"class {self.classes[c]!r}: NaN or infinite contribution {where}")
         if self._all is None:
             self._all, self._squares, self._own = np.zeros((3, n_classes, contributions.shape[2]))
             self._n, self._n_own = np.zeros((2, n_classes), dtype=np.int64)
-        values = (
-            contributions.detach()
-            .to("cpu" if contributions.device.type == "mps" else contributions.device)
-            .double()
-            .transpose(0, 1)
-        )
-        weights = torch.as_tensor(
-            np.stack([kept, kept & labels], axis=1).T.astype(np.float64), device=values.device
-        )  # (C, 2, B)
+        device = "cpu" if contributions.device.type == "mps" else contributions.device  # MPS has no float64
+        values = contributions.detach().to(device).double().transpose(0, 1)
+        chosen = np.stack([kept, kept & labels], axis=1).T.astype(np.float64)
+        weights = torch.as_tensor(chosen, device=device)  # (C, 2, B)
         sums = torch.bmm(weights, values).cpu().numpy()
         self._all += sums[:, 0]
         self._own += sums[:, 1]
@@ -142,9 +128,8 @@ def _labels(targets: ArrayLike, n_classes: int) -> np.ndarray:
             raise ValueError(f"targets must be classes 0..{n_classes - 1}, got {targets[~good][0]}")
         return targets[:, None] == np.arange(n_classes)
     if targets.ndim != 2 or targets.shape[1] != n_classes or not ((targets == 0) | (targets == 1)).all():
-        raise ValueError(
-            f"targets must be classes (B,) or labels 0 and 1 of shape (B, {n_classes}), got shape {targets.shape}"
-        )
+        wanted = f"classes (B,) or labels 0 and 1 of shape (B, {n_classes})"
+        raise ValueError(f"targets must be {wanted}, got shape {targets.shape}")
     return targets == 1
 
 
@@ -182,6 +167,17 @@ def select_features(importance: ArrayLike, ratio: float, by: str = "value") -> n
     return mask & defined
 
 
+def principal_by_reading(importance: Importance, ratio: float) -> dict[str, np.ndarray]:
+    """The principal features, bool (F, C) of `select_features`, by each reading of a feature's importance.
+
+    Equation 3 averages over all films, most of which lack a rare class; equation 4 over the films of the class; the
+    contrast is what those add beyond the others.
+    """
+    readings = {"eq. 3, all films": importance.all, "eq. 4, films of the class": importance.own}
+    readings["contrast"] = importance.contrast
+    return {name: select_features(matrix, ratio) for name, matrix in readings.items()}
+
+
 def combined_mask(masks: np.ndarray, selected: int | None = None) -> np.ndarray:
     """One mask (F,) for all films, which may not depend on a film's true class (A49): of more than two classes the
     union of their masks, else that of class `selected` (default the last, the positive one)."""
@@ -201,8 +197,7 @@ def _matrix(importance: ArrayLike) -> np.ndarray:
     return importance
 
 
-# --- what the matrix tells
-# ------------------------------------------------------------------------------------------------------------
+# ---- what the matrix tells
 
 
 def train_test_difference(train: Importance, test: Importance, classes: Sequence[str]) -> pd.DataFrame:
@@ -284,10 +279,9 @@ def film_distances(contributions: Tensor, targets: ArrayLike, importance: ArrayL
         `Importance.own`.
     """
     values, columns = contributions.detach().cpu().double().numpy(), _matrix(importance).T
+    size = np.linalg.norm(values, axis=2) * np.linalg.norm(columns, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = np.einsum("bcf,cf->bc", values, columns) / (
-            np.linalg.norm(values, axis=2) * np.linalg.norm(columns, axis=1)
-        )
+        cosine = np.einsum("bcf,cf->bc", values, columns) / size
     return np.where(_labels(targets, len(columns)), np.clip(1 - cosine, 0, 2), np.nan)
 
 
@@ -300,11 +294,9 @@ def carriers(importance: ArrayLike, share: float = 0.8) -> np.ndarray:
     shares = np.nan_to_num(_shares(_matrix(importance)))
     order = np.argsort(-shares, axis=0, kind="stable")
     ranked = np.take_along_axis(shares, order, axis=0)
-    needed = (ranked.cumsum(axis=0) - ranked < share * (1 - 1e-12)) & (
-        ranked > 0
-    )  # the sum before a feature falls short
+    short = ranked.cumsum(axis=0) - ranked < share * (1 - 1e-12)  # the sum before a feature
     mask = np.zeros(shares.shape, dtype=bool)
-    np.put_along_axis(mask, order, needed, axis=0)
+    np.put_along_axis(mask, order, short & (ranked > 0), axis=0)
     return mask
 
 

@@ -1,7 +1,7 @@
-"""What selected features and maps suffice for (Li et al., sec. III): forward passes with some features only, and of
-films behind their maps."""
+"""What selected features and maps suffice for (Li et al., sec. III): forward passes with some features only (Table II),
+and of films behind their maps (Table IV)."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -13,10 +13,11 @@ from numpy.typing import ArrayLike
 from scipy import special
 from torch import Tensor, nn
 
-from lib.analysis import cam
 from lib.analysis.cam import feature_mask, normalise, resize
-from lib.analysis.features.survey import NO_FILMS, film_cams, with_principal
-from lib.analysis.inference import is_pooled, predict, stream
+from lib.analysis.features.importance import combined_mask
+from lib.analysis.features.survey import NO_FILMS, View, film_cams, with_principal
+from lib.analysis.inference import is_pooled, named_module, predict, stream
+from lib.analysis.metrics import classification_metrics
 
 
 def masked_logits(pooled: Tensor, weights: Tensor, bias: Tensor, features: ArrayLike) -> Tensor:
@@ -29,7 +30,7 @@ def masked_logits(pooled: Tensor, weights: Tensor, bias: Tensor, features: Array
         Spatial means of the feature maps.
     weights, bias : float (C, F), (C,)
     features : 0 or 1, (F,) or (C, F)
-        One mask for all logits, or one for each (the transpose of what `integrated.select_features` gives); ``~mask``
+        One mask for all logits, or one for each (the transpose of what `importance.select_features` gives); ``~mask``
         for the others.
     """
     if pooled.ndim != 2 or weights.ndim != 2 or pooled.shape[1] != weights.shape[1] or bias.shape != weights.shape[:1]:
@@ -58,9 +59,7 @@ def masked_layer(model: nn.Module, layer: str, features: ArrayLike, axis: int = 
     ValueError
         No such module, an output without these features, or a layer that no forward pass came through.
     """
-    modules = dict(model.named_modules())
-    if layer not in modules:
-        raise ValueError(f"the model has no module {layer!r}; there are {', '.join(name for name in modules if name)}")
+    module = named_module(model, layer)
     mask = torch.as_tensor(features)
     if mask.ndim != 1:
         raise ValueError(f"the mask of a layer must be a list, one entry a feature, got shape {tuple(mask.shape)}")
@@ -77,7 +76,7 @@ def masked_layer(model: nn.Module, layer: str, features: ArrayLike, axis: int = 
         lead[axis] = len(mask)
         return output * mask.to(output).reshape(lead)
 
-    handle = modules[layer].register_forward_hook(multiply)
+    handle = module.register_forward_hook(multiply)
     try:
         yield
     finally:
@@ -103,9 +102,8 @@ def masked_films(films: Tensor, raw: Tensor, *, threshold: float | None = None, 
         Negative evidence to 0 before the min-max, as in the usual CAM. False: min-max of the signed map.
     """
     if films.ndim != 4 or raw.ndim != 3 or len(films) != len(raw):
-        raise ValueError(
-            f"need films (B, K, H, W) and one map (B, h, w) each, got {tuple(films.shape)} and {tuple(raw.shape)}"
-        )
+        found = f"{tuple(films.shape)} and {tuple(raw.shape)}"
+        raise ValueError(f"need films (B, K, H, W) and one map (B, h, w) each, got {found}")
     mask = resize(normalise(raw, rectify), tuple(films.shape[2:])).to(films)
     if threshold is not None:
         mask = torch.where(mask >= threshold, mask, torch.zeros_like(mask))
@@ -154,20 +152,12 @@ def increase_and_drop(original: ArrayLike, masked: ArrayLike) -> IncreaseDrop:
     return IncreaseDrop(float(100 * np.mean(o > y)), float(drop), len(y), int((~kept).sum()))
 
 
-def _bias(head: nn.Linear) -> Tensor:
-    return head.weight.detach().new_zeros(head.out_features) if head.bias is None else head.bias.detach()
-
-
 def masking_effect(
-    model: nn.Module,
-    batches: Iterable,
-    layer: str,
+    view: View,
+    rows: np.ndarray,
     selected: int,
     methods: Sequence[str],
-    *,
     features: Mapping[str, np.ndarray] | None = None,
-    softmax: bool = False,
-    token_grid: Sequence[int] = (),
 ) -> pd.DataFrame:
     """Confidence in one class before and after the film is multiplied by its map (sec. III-A), for the CAM and the
     FS-CAM of each method.
@@ -179,43 +169,34 @@ def masking_effect(
         'average_drop'), value in %, n, n_zero.
     """
     seen: dict[tuple[str, str], list[np.ndarray]] = {}
-    for batch, output, cams in film_cams(
-        model, batches, layer, methods, masks=with_principal(features), token_grid=token_grid, classes=[selected]
-    ):
-        before, done = _confidence(output.logits.cpu().numpy(), selected, softmax), []
+    masks = with_principal(features)
+    for batch, output, cams in film_cams(view, rows, methods, masks=masks, classes=[selected]):
+        before, done = _confidence(output.logits.cpu().numpy(), selected), []
         for key, found in cams.items():
-            unit = cam.normalise(found.maps[:, 0])
+            unit = normalise(found.maps[:, 0])
             # Behind a pooled linear head several methods give one map: what has been asked of the model is not asked
             # again.
             after = next((answer for asked, answer in done if torch.allclose(asked, unit, rtol=0, atol=1e-6)), None)
             if after is None:
                 films = SimpleNamespace(rows=batch.rows, images=masked_films(batch.images, found.maps[:, 0]))
-                after = _confidence(predict(model, [films]), selected, softmax)
+                after = _confidence(predict(view.model, [films]), selected)
                 done.append((unit, after))
             seen.setdefault(key, []).append(np.stack([before, after]))
-    rows = []
+    found = []
     for (method, label), parts in seen.items():
         effect = increase_and_drop(*np.concatenate(parts, axis=1))
-        rows += [
+        found += [
             (method, label, "average_increase", effect.increase, effect.n, 0),
             (method, label, "average_drop", effect.drop, effect.n - effect.n_zero, effect.n_zero),
         ]
-    return pd.DataFrame(rows, columns=["method", "features", "metric", "value", "n", "n_zero"])
+    return pd.DataFrame(found, columns=["method", "features", "metric", "value", "n", "n_zero"])
 
 
-def _confidence(logits: np.ndarray, selected: int, softmax: bool) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    return special.softmax(logits, axis=1)[:, selected] if softmax else special.expit(logits[:, selected])
+def _confidence(logits: np.ndarray, selected: int) -> np.ndarray:
+    return special.expit(logits[:, selected].astype(np.float64))
 
 
-def logits_with(
-    model: nn.Module,
-    batches: Iterable,
-    layer: str,
-    masks: Mapping[Hashable, np.ndarray],
-    *,
-    token_grid: Sequence[int] = (),
-) -> dict[Hashable, np.ndarray]:
+def logits_with(view: View, rows: np.ndarray, masks: Mapping[Hashable, np.ndarray]) -> dict[Hashable, np.ndarray]:
     """Logits float32 (N, M) of some features only: the others are set to zero at the layer, and the forward pass goes
     on (sec. III-C).
 
@@ -223,24 +204,82 @@ def logits_with(
     by one linear layer all cost one forward pass; elsewhere each different choice costs one. ValueError: no films, or
     masks that do not fit.
     """
+    model, layer, grid, output = view.model, view.layer, view.token_grid, None
     head, parts = getattr(model, "head", None), {name: [] for name in masks}
-    output = None
-    for batch in batches:
-        [output] = stream(model, [batch], [layer], token_grid)
+    for batch in view.batches(rows):
+        [output] = stream(model, [batch], [layer], grid)
         maps, n_outputs = output.maps[layer], output.logits.shape[1]
         pooled = maps.mean((2, 3)) if is_pooled(output, layer, head) else None
         for name, mask in masks.items():
-            mask = cam.feature_mask(mask, n_outputs, maps.shape[1])
+            mask = feature_mask(mask, n_outputs, maps.shape[1])
             if pooled is not None:
-                logits = masked_logits(pooled, head.weight.detach(), _bias(head), mask).cpu().numpy()
+                bias = maps.new_zeros(n_outputs) if head.bias is None else head.bias.detach()
+                logits = masked_logits(pooled, head.weight.detach(), bias, mask).cpu().numpy()
             else:
                 choices, which = np.unique(np.atleast_2d(mask.cpu().numpy()), axis=0, return_inverse=True)
                 passes = []
                 for choice in choices:
-                    with masked_layer(model, layer, choice, axis=-1 if len(token_grid) else 1):
+                    with masked_layer(model, layer, choice, axis=-1 if len(grid) else 1):
                         passes.append(predict(model, [batch]))
                 logits = np.stack(passes)[np.broadcast_to(which.reshape(-1), n_outputs), :, np.arange(n_outputs)].T
             parts[name].append(logits)
     if output is None:
         raise ValueError(NO_FILMS)
     return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def principal_and_others(masks: np.ndarray, exclusive: bool) -> dict[str, np.ndarray]:
+    """The choices of features of Table II for `logits_with`: 'all', 'principal', 'non_principal'.
+
+    Parameters
+    ----------
+    masks : bool (F, C)
+        Of `importance.select_features`.
+    exclusive : bool
+        Whether a film has one class: then all outputs keep the union of the classes' features (A49). Else every output
+        is a question of its own and keeps its own.
+    """
+    mask = combined_mask(masks) if exclusive else masks.T
+    return {"all": np.ones_like(mask), "principal": mask, "non_principal": ~mask}
+
+
+def masked_performance(
+    view: View,
+    rows: np.ndarray,
+    choices: Mapping[str, np.ndarray],
+    selected: int,
+    patients: Sequence,
+    exclusive: bool,
+    n_replicates: int,
+) -> pd.DataFrame:
+    """What a model can do for one class with each of several choices of features (Table II).
+
+    Parameters
+    ----------
+    choices : mapping of a name to 0/1 (F,) or (M, F)
+        Such as of `principal_and_others`, see `logits_with`.
+    selected : int
+        The class.
+    patients : (N,)
+        Of the films `rows`.
+    exclusive : bool
+        As in `principal_and_others`.
+
+    Returns
+    -------
+    DataFrame
+        A row a choice: class, features (its name), n_features (of the output that keeps most), n; auroc with its
+        interval over patients; accuracy, over classes where a film has one, of the one output where there is one. Of
+        several independent labels a rare one is nearly always right, so there is none.
+    """
+    table, classes, targets = [], view.classes, view.targets[rows]
+    for name, logits in logits_with(view, rows, choices).items():
+        found = classification_metrics(logits, targets, classes, patients, n_replicates=n_replicates)
+        score = found.set_index("class").loc[classes[selected], ["auroc", "auroc_ci_low", "auroc_ci_high"]].to_dict()
+        if exclusive:
+            score["accuracy"] = (logits.argmax(1) == targets.argmax(1)).mean()
+        elif len(classes) == 1:
+            score["accuracy"] = ((logits[:, 0] > 0) == targets[:, 0]).mean()
+        kept = {"features": name, "n_features": np.atleast_2d(choices[name]).sum(1).max(), "n": len(targets)}
+        table.append({"class": classes[selected], **kept, **score})
+    return pd.DataFrame(table)

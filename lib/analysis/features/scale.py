@@ -1,29 +1,24 @@
 """Class activations of a whole data set on one common scale (Li et al., sec. II-A, eq. 1 and 2).
 
 The distribution over all films (`ActivationDistribution`) gives two percentiles of each class, and these one scale for
-all films (`tanh_scale`,
-`s_cam`), on which maps can be compared and negative evidence stays visible.
+all films (`common_scale`, `s_cam`), on which maps can be compared and negative evidence stays visible.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lib.analysis import cam
 from lib.analysis.cam import resize
-from lib.analysis.model_cams import Cams
 
 _LOW_BITS = 14  # of a float32's 32 bits, those that the first pass does not tell apart
 _BINS = 1 << (32 - _LOW_BITS)
 
 
-# --- distribution of class activations
-# ------------------------------------------------------------------------------------------------
+# ---- distribution of class activations
 
 
 class Percentiles(NamedTuple):
@@ -40,8 +35,8 @@ class ActivationDistribution:
 
     A histogram whose bins are the float32 numbers that agree in their upper 18 bits, so they grow with the value and no
     outlier can widen them: memory is 2 MiB a class, and a percentile is known to half a bin, at most ``2**-10`` of its
-    own size. `second_pass` makes it exact. Counts are integers: the result does not depend on the order or the size of
-    the batches.
+    own size. That is much where the spread is small beside an offset: a common scale needs `second_pass`, which makes
+    percentiles exact. Counts are integers: the result does not depend on the order or the size of the batches.
 
     Parameters
     ----------
@@ -50,16 +45,20 @@ class ActivationDistribution:
     size : int or (int, int), optional
         The maps are first resampled bilinearly to films of this size, so every pixel of the film counts once (the
         paper's order, eq. 1). Default: the maps at their own size.
+
+    Attributes
+    ----------
+    n_pixels : int
+        Of each class.
+    low, high : float64 (C,)
+        Smallest and largest value of each class.
     """
 
     def __init__(self, classes: Sequence[str], size: int | tuple[int, int] | None = None):
-        self.classes, self.size = list(classes), size
+        self.classes, self.size, self.n_pixels = list(classes), size, 0
         n = len(self.classes)
-        self.n_pixels = 0  # of each class
         self.low, self.high = np.full(n, np.inf), np.full(n, -np.inf)
-        self._counts = np.zeros((n, _BINS), dtype=np.int64)
-        self._sums, self._squares = np.zeros(n), np.zeros(n)
-        self._extremes = []
+        self._counts, self._extremes = np.zeros((n, _BINS), dtype=np.int64), []
 
     def update(self, raw: Tensor) -> None:
         """Take in the signed raw maps of some more films, float (B, C, h, w), read as float32.
@@ -78,9 +77,6 @@ class ActivationDistribution:
             low, high = (float(value) for value in torch.aminmax(values))
             self.low[c], self.high[c] = min(self.low[c], low), max(self.high[c], high)
             self._counts[c] += torch.bincount(_bins(_keys(values)), minlength=_BINS).cpu().numpy()
-            values = values.flatten().double()
-            self._sums[c] += float(values.sum())
-            self._squares[c] += float(values @ values)
         self.n_pixels += values.numel()
 
     def percentiles(self, percents: ArrayLike = (10, 90)) -> Percentiles:
@@ -110,6 +106,11 @@ class ActivationDistribution:
         minima, maxima = np.concatenate(self._extremes, axis=1).astype(np.float64)
         return np.stack([np.percentile(minima, low, axis=0), np.percentile(maxima, high, axis=0)])
 
+    def bars(self, n: int = 80) -> tuple[np.ndarray, np.ndarray]:
+        """Edges (n + 1) over the range of all classes together, and the `histogram` (C, n) between them."""
+        edges = np.linspace(self.low.min(), self.high.max(), n + 1)
+        return edges, self.histogram(edges)
+
     def histogram(self, edges: ArrayLike) -> np.ndarray:
         """Pixels between ascending edges (K + 1), float64 (C, K); a bin holds its lower edge, the last one both.
 
@@ -122,27 +123,9 @@ class ActivationDistribution:
             bins = np.flatnonzero(counts)
             cumulative = counts[bins].cumsum()
             points = np.clip(_edges(bins), self.low[c], self.high[c]).T.ravel()
-            rows.append(
-                np.diff(
-                    np.interp(below, points, np.stack([cumulative - counts[bins], cumulative], axis=1).ravel(), left=0)
-                )
-            )
+            steps = np.stack([cumulative - counts[bins], cumulative], axis=1).ravel()
+            rows.append(np.diff(np.interp(below, points, steps, left=0)))
         return np.array(rows)
-
-    def summary(self) -> pd.DataFrame:
-        """A row a class: class, n_pixels, mean, sd, low, high."""
-        mean = self._sums / max(self.n_pixels, 1)
-        sd = np.sqrt(np.maximum(self._squares / max(self.n_pixels, 1) - mean**2, 0))
-        return pd.DataFrame(
-            {
-                "class": self.classes,
-                "n_pixels": self.n_pixels,
-                "mean": mean,
-                "sd": sd,
-                "low": self.low,
-                "high": self.high,
-            }
-        )
 
 
 class ExactPercentiles:
@@ -150,23 +133,27 @@ class ExactPercentiles:
     `ActivationDistribution`."""
 
     def __init__(self, first: ActivationDistribution, percents: ArrayLike):
-        self._first, self._ranks = first, _ranks(percents, first.n_pixels)
+        self._first, self._ranks, self.n_pixels = first, _ranks(percents, first.n_pixels), 0
         ranks = np.unique(np.concatenate(self._ranks[:2]))
-        self._cumulative = first._counts.cumsum(axis=1)
-        self._bins = [np.unique(np.searchsorted(row, ranks, side="right")) for row in self._cumulative]
+        self._bins = [np.unique(np.searchsorted(row.cumsum(), ranks, side="right")) for row in first._counts]
+        # What lies below is counted anew: a value that a GPU rounds otherwise the second time may change its bin.
+        self._below = [np.zeros(len(bins), dtype=np.int64) for bins in self._bins]
         self._counts = [np.zeros((len(bins), 1 << _LOW_BITS), dtype=np.int64) for bins in self._bins]
 
     def update(self, raw: Tensor) -> None:
         """As `ActivationDistribution.update`."""
         raw = _raw_maps(raw, self._first.classes)
-        for c, (bins, counts) in enumerate(zip(self._bins, self._counts)):
+        for c, bins in enumerate(self._bins):
             keys = _keys(_film_sized(raw[:, c], self._first.size))
             upper, lower = _bins(keys), keys & ((1 << _LOW_BITS) - 1)
-            for count, wanted in zip(counts, bins.tolist()):
-                count += torch.bincount(lower[upper == wanted], minlength=1 << _LOW_BITS).cpu().numpy()
+            for k, wanted in enumerate(bins.tolist()):
+                self._below[c][k] += int((upper < wanted).sum())
+                found = torch.bincount(lower[upper == wanted], minlength=1 << _LOW_BITS)
+                self._counts[c][k] += found.cpu().numpy()
+            self.n_pixels += len(keys) if c == 0 else 0
 
     def percentiles(self) -> Percentiles:
-        """Percentiles, exact for the float32 values; error 0.
+        """Percentiles, exact for the float32 values of this pass; error 0.
 
         Raises
         ------
@@ -175,29 +162,30 @@ class ExactPercentiles:
         """
         lower, upper, fraction = self._ranks
         found = np.empty((2, len(lower), len(self._bins)))
-        for c, (bins, counts) in enumerate(zip(self._bins, self._counts)):
-            before = self._cumulative[c][bins] - self._first._counts[c][bins]
-            if (counts.sum(axis=1) != self._first._counts[c][bins]).any():
-                raise ValueError(
-                    f"class {self._first.classes[c]!r}: the second pass saw other class activations than the first; "
-                    "give it the same films, in evaluation mode and the same precision"
-                )
+        for c, (bins, below, counts) in enumerate(zip(self._bins, self._below, self._counts)):
             cumulative = counts.cumsum(axis=1)
             for which, ranks in enumerate((lower, upper)):
-                for k, rank in enumerate(ranks):
-                    slot = int(np.searchsorted(bins, np.searchsorted(self._cumulative[c], rank, side="right")))
-                    low_bits = np.searchsorted(cumulative[slot], rank - before[slot], side="right")
-                    found[which, k, c] = _values((bins[slot] << _LOW_BITS) + low_bits)
+                slots = np.searchsorted(below, ranks, side="right") - 1
+                inside = ranks - below[slots]
+                if (
+                    self.n_pixels != self._first.n_pixels
+                    or (slots < 0).any()
+                    or (inside >= cumulative[slots, -1]).any()
+                ):
+                    raise ValueError(
+                        f"class {self._first.classes[c]!r}: the second pass saw other class activations than the "
+                        "first; give it the same films, in evaluation mode and the same precision"
+                    )
+                low_bits = [np.searchsorted(cumulative[slot], rank, side="right") for slot, rank in zip(slots, inside)]
+                found[which, :, c] = _values((bins[slots] << _LOW_BITS) + low_bits)
         value = found[0] + fraction[:, None] * (found[1] - found[0])
         return Percentiles(value, np.zeros_like(value))
 
 
 def _raw_maps(raw: Tensor, classes: list[str]) -> Tensor:
     if raw.ndim != 4 or raw.shape[1] != len(classes):
-        raise ValueError(
-            f"need raw maps (B, {len(classes)}, h, w), one for each of {', '.join(classes)}; got shape "
-            f"{tuple(raw.shape)}"
-        )
+        wanted = f"raw maps (B, {len(classes)}, h, w), one for each of {', '.join(classes)}"
+        raise ValueError(f"need {wanted}; got shape {tuple(raw.shape)}")
     raw = raw.detach().to("cpu" if raw.device.type == "mps" else raw.device, torch.float32)  # MPS has no float64
     if not torch.isfinite(raw).all():
         film, c = torch.nonzero(~torch.isfinite(raw))[0, :2].tolist()
@@ -242,13 +230,12 @@ def _ranks(percents: ArrayLike, n: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return lower, np.minimum(lower + 1, n - 1), rank - lower
 
 
-# --- common scale
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- common scale
 
 
 def tanh_scale(
     p10: ArrayLike, p90: ArrayLike, low: float = 0.1, high: float = 0.9, classes: Sequence[str] | None = None
-):
+) -> tuple[np.ndarray, np.ndarray]:
     """Alpha and beta of eq. 1 with ``tanh(alpha P10 + beta) = low`` and ``tanh(alpha P90 + beta) = high``.
 
     The printed beta has its signs the other way and would give -0.9 and -0.1 (A39).
@@ -272,32 +259,44 @@ def tanh_scale(
     """
     if not -1 < low < high < 1:
         raise ValueError(f"low and high must satisfy -1 < low < high < 1, got {low} and {high}")
-    return _line(p10, p90, np.arctanh(low), np.arctanh(high), classes)
+    return linear_scale(p10, p90, np.arctanh(low), np.arctanh(high), classes)
 
 
 def linear_scale(
     p10: ArrayLike, p90: ArrayLike, low: float = 0.0, high: float = 1.0, classes: Sequence[str] | None = None
-):
+) -> tuple[np.ndarray, np.ndarray]:
     """Alpha and beta of the linear scale without clipping (A40): P10 goes to `low`, P90 to `high`. Otherwise as
     `tanh_scale`."""
-    return _line(p10, p90, low, high, classes)
-
-
-def _line(p10, p90, low, high, classes):
     p10, p90 = np.broadcast_arrays(np.asarray(p10, dtype=np.float64), np.asarray(p90, dtype=np.float64))
     with np.errstate(all="ignore"):
         alpha = (high - low) / (p90 - p10)
         beta = (p90 * low - p10 * high) / (p90 - p10)
     bad = np.flatnonzero(~((p10 < p90) & np.isfinite(alpha) & np.isfinite(beta)))
     if len(bad):
-        names = [
-            f"class {classes[i] if classes is not None else i!s} ({p10.flat[i]:g} and {p90.flat[i]:g})" for i in bad
-        ]
+        names = [f"class {i if classes is None else classes[i]} ({p10.flat[i]:g} and {p90.flat[i]:g})" for i in bad]
         raise ValueError(
             f"no common scale: P10 of the class activations must lie below P90, but does not for {', '.join(names)}. "
             "Leave these classes out, take percentiles further apart (1 and 99), or use image_extremes"
         )
     return alpha[()], beta[()]
+
+
+def common_scale(low: np.ndarray, high: np.ndarray, kind: str = "tanh") -> tuple[np.ndarray, np.ndarray]:
+    """Alpha and beta of each class, float64 (C,) (eq. 2), of its exact P10 and P90. `kind`: 'tanh' or 'linear' (A40).
+
+    A class whose activations do not vary between the bounds has NaN in both: resampled, a constant map varies by
+    rounding, so a spread of 8 machine epsilons of float32 does not count.
+    """
+    alpha, beta = np.full((2, len(low)), np.nan)
+    varies = high - low > 8 * np.finfo(np.float32).eps * np.maximum(abs(low), abs(high))
+    alpha[varies], beta[varies] = {"tanh": tanh_scale, "linear": linear_scale}[_known(kind)](low[varies], high[varies])
+    return alpha, beta
+
+
+def _known(kind: str) -> str:
+    if kind not in ("tanh", "linear"):
+        raise ValueError(f"unknown scale {kind!r}; choose tanh or linear")
+    return kind
 
 
 def scaled(raw: Tensor, alpha: ArrayLike, beta: ArrayLike, kind: str = "tanh") -> Tensor:
@@ -314,13 +313,9 @@ def scaled(raw: Tensor, alpha: ArrayLike, beta: ArrayLike, kind: str = "tanh") -
     -------
     float, shaped like `raw`; 'tanh' in [-1, 1].
     """
-    if kind not in ("tanh", "linear"):
-        raise ValueError(f"unknown scale {kind!r}; choose tanh or linear")
-    alpha, beta = (
-        torch.as_tensor(value, dtype=raw.dtype, device=raw.device)[..., None, None] for value in (alpha, beta)
-    )
+    alpha, beta = (torch.as_tensor(v, dtype=raw.dtype, device=raw.device)[..., None, None] for v in (alpha, beta))
     line = alpha * raw + beta
-    return line.tanh() if kind == "tanh" else line
+    return line.tanh() if _known(kind) == "tanh" else line
 
 
 def s_cam(
@@ -342,49 +337,3 @@ def s_cam(
     if order == "resize_first":
         return scaled(resize(raw, size), alpha, beta, kind)
     return resize(scaled(raw, alpha, beta, kind), size)
-
-
-def common_scale(
-    distribution: ActivationDistribution, kind: str = "tanh", bounds: str = "pixels"
-) -> tuple[np.ndarray, np.ndarray]:
-    """alpha and beta of each class, float64 (C,) (eq. 2). `kind`: 'tanh' or 'linear'; `bounds`: 'pixels' or
-    'image_extremes' (A40, A41).
-
-    A class whose activations do not vary between the bounds has NaN in both.
-    """
-    if kind not in ("tanh", "linear") or bounds not in ("pixels", "image_extremes"):
-        raise ValueError(
-            f"no common scale {kind!r} with bounds {bounds!r}: choose tanh or linear, and pixels or image_extremes"
-        )
-    low, high = distribution.percentiles((10, 90)).value if bounds == "pixels" else distribution.image_extremes()
-    varies = high > low
-    scale = tanh_scale if kind == "tanh" else linear_scale
-    alpha, beta = (np.full(len(low), np.nan) for _ in range(2))
-    if varies.any():
-        names = [name for name, good in zip(distribution.classes, varies) if good]
-        alpha[varies], beta[varies] = scale(low[varies], high[varies], classes=names)
-    return alpha, beta
-
-
-def pictures(
-    cams: Mapping[str, Cams],
-    size: int,
-    scales: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
-    *,
-    selected: int = 0,
-    kind: str = "tanh",
-) -> dict[str, np.ndarray]:
-    """Maps of one class as they are drawn, by method, float (B, size, size).
-
-    `cams` : of `film_cams` for that class alone. `scales` : of `common_scale`; the maps are then in [-1, 1], where a
-    linear scale is cut off. None: each map on its own scale, [0, 1].
-    """
-    drawn = {}
-    for method, found in cams.items():
-        if scales is None:
-            maps = cam.resize(cam.normalise(found.maps), size)
-        else:
-            alpha, beta = (values[selected] for values in scales[method])
-            maps = s_cam(found.maps, alpha, beta, size, kind=kind).clamp(-1, 1)
-        drawn[method] = maps[:, 0].cpu().numpy()
-    return drawn

@@ -49,14 +49,9 @@ def totals(raw, alpha, beta, size):
     }
 
 
-def confidence(model, film, selected, softmax):
+def confidence(model, film, selected):
     with torch.no_grad():
-        logits = model(film[None])[0].tolist()
-    return (
-        math.exp(logits[selected]) / sum(math.exp(v) for v in logits)
-        if softmax
-        else 1 / (1 + math.exp(-logits[selected]))
-    )
+        return 1 / (1 + math.exp(-model(film[None])[0].tolist()[selected]))
 
 
 def masked_film(film, raw):

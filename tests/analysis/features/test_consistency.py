@@ -1,18 +1,21 @@
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from torch import nn
 
-from lib.analysis.cam import class_activation_maps, normalise
+from lib.analysis.cam import class_activation_maps
 from lib.analysis.features import consistency as module
 from lib.analysis.features.consistency import class_totals, consistency, henze_zirkler
-from lib.analysis.features.masking import increase_and_drop, masked_films, masked_layer, masked_logits
 from lib.analysis.features.scale import tanh_scale
+from lib.analysis.features.survey import survey
+from lib.analysis.statistics import patient_replicates
+from tests.analysis.features import reference_features
 from tests.analysis.features import reference_integrated as reference
-from tests.analysis.features.test_importance import draw
+from tests.analysis.features.toys import CLASSES, METHODS, ROWS, TARGETS, Bare, N, close, draw, principal, view
 
 
 def pairs(n=60):
@@ -158,120 +161,100 @@ def test_totals_equal_their_definitions():
     np.testing.assert_array_equal(class_totals(raw, 1.0, 0.0, 7)["raw"], totals["raw"])
 
 
-class Net(nn.Module):
-    """A layer in the middle, a rectifier that works in place after it, tokens, and a pooled linear head."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.middle, self.act = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True)
-        self.tokens, self.head, self.unused = nn.Linear(6, 5), nn.Linear(5, 3), nn.Identity()
-
-    def forward(self, films):
-        maps = self.act(self.middle(self.first(films)))
-        return self.head(self.tokens(maps.flatten(2).transpose(1, 2)).mean(1))
-
-
-@pytest.fixture(scope="module")
-def net():
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return Net().double().eval()
+def test_activation_sums_equal_a_loop(case):
+    scales = {method: (np.array([1.0, 0.7 + k, 2.0]), np.array([0.0, -0.2, 1.0])) for k, method in enumerate(METHODS)}
+    table = module.activation_sums(view(case), ROWS, 1, scales, 9, features=principal(case))
+    assert list(table) == ["row", "method", "features", "scale", "activation", "logit"] and len(table) == N * 2 * 2 * 3
+    logits = case.double(case.films.double()).detach().numpy()
+    found = table.set_index(["row", "method", "features", "scale"])
+    for method in METHODS:
+        for label, mask in (("all", 1.0), ("principal", principal(case)[method].astype(float)[:, None, None])):
+            expected = [
+                reference_features.totals((weighted * mask).sum(0), 0.7 + METHODS.index(method), -0.2, 9)
+                for weighted in case.weighted[method][:, 1]
+            ]
+            for scale in ("individual", "common_raw", "common_tanh"):
+                part = found.xs((method, label, scale), level=(1, 2, 3)).loc[ROWS]
+                close(part["activation"], [one[scale] for one in expected], 1e-4)
+                close(part["logit"], logits[:, 1])
 
 
-@torch.no_grad()
-def test_masked_layer_continues_the_forward_pass(net):
-    films = draw((2, 3, 8, 8), 5)
-    logits = net(films)
-    for layer, n, axis in (("middle", 6, 1), ("act", 6, 1), ("tokens", 5, -1), ("tokens", 5, 2)):
-        with masked_layer(net, layer, np.ones(n, dtype=bool), axis):
-            torch.testing.assert_close(net(films), logits, rtol=0, atol=0)
-    keep = np.array([0, 1, 0, 0, 1, 0])
-    other = Net().double().eval()
-    other.load_state_dict(net.state_dict())
-    other.middle.weight[keep == 0] = 0
-    other.middle.bias[keep == 0] = 0
-    with masked_layer(net, "middle", keep):
-        torch.testing.assert_close(net(films), other(films))
-    with masked_layer(net, "tokens", [False, False, True, False, False], -1):
-        pooled = net.tokens(net.act(net.middle(net.first(films))).flatten(2).transpose(1, 2)).mean(1)
-        torch.testing.assert_close(net(films), pooled[:, 2:3] @ net.head.weight[:, 2:3].T + net.head.bias)
-    assert net(films).equal(logits)  # the hook is gone
+def sums_of(activation, logit, **names):
+    return pd.DataFrame(
+        {"row": np.arange(len(logit)) + 3, "method": "grad", "features": "all", "scale": "common_raw"}
+        | names
+        | {"activation": activation, "logit": logit}
+    )
 
 
-def test_masked_layer_refuses(net):
-    films = draw((1, 3, 8, 8), 5)
-    for layer, mask, message in (
-        ("missing", np.ones(6), "no module 'missing'; there are first"),
-        ("middle", np.ones(5), r"\(1, 6, 4, 4\).*no 5 features"),
-        ("middle", np.full(6, 0.5), "0 and 1"),
-        ("middle", np.ones((2, 6)), "one entry a feature"),
-        ("unused", np.ones(6), "no forward pass went through layer 'unused'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            with masked_layer(net, layer, mask):
-                net(films)
-    with pytest.raises(KeyError):  # an error of the caller is not covered up
-        with masked_layer(net, "unused", np.ones(6)):
-            raise KeyError
-    assert not net.middle._forward_hooks and not net.unused._forward_hooks
-
-
-def test_masked_logits_of_all_one_and_other_features():
-    maps, head = draw((4, 6, 3, 3), 6), nn.Linear(6, 3).double()
-    pooled, weights, bias = maps.mean((2, 3)), head.weight.detach(), head.bias.detach()
-    torch.testing.assert_close(masked_logits(pooled, weights, bias, np.ones(6)), head(pooled).detach())
-    one = np.arange(6) == 4
-    torch.testing.assert_close(masked_logits(pooled, weights, bias, one), pooled[:, 4:5] * weights[:, 4] + bias)
-    parts = masked_logits(pooled, weights, bias, one) + masked_logits(pooled, weights, bias, ~one) - bias
-    torch.testing.assert_close(parts, head(pooled).detach())
-    by_class = np.arange(18).reshape(3, 6) % 2 == np.array([[0], [1], [0]])
-    mine = masked_logits(pooled, weights, bias, by_class)
-    for c in range(3):
-        torch.testing.assert_close(mine[:, c], masked_logits(pooled, weights, bias, by_class[c])[:, c])
-    # The sum of the selected features' map is what the mask leaves of the logit.
-    raw = class_activation_maps(maps, weights, "hires", torch.as_tensor(by_class))
-    torch.testing.assert_close(raw.sum((2, 3)), mine - bias)
-    for bad in (np.ones(5), np.full(6, 2)):
-        with pytest.raises(ValueError, match="mask"):
-            masked_logits(pooled, weights, bias, bad)
-    with pytest.raises(ValueError, match="pooled features"):
-        masked_logits(maps, weights, bias, one)
-
-
-def test_masked_films():
-    films, raw = draw((3, 2, 6, 6), 7), draw((3, 3, 3), 8)
-    raw[2] = 1.0
-    masked = masked_films(films, raw)
-    for n in range(3):
-        native = np.maximum(raw[n].numpy(), 0)
-        unit = (native - native.min()) / (np.ptp(native) or 1)
-        mask = reference.bilinear(unit, 6)
-        np.testing.assert_allclose(masked[n], films[n].numpy() * mask, atol=1e-12)
-        np.testing.assert_allclose(
-            masked_films(films, raw, threshold=0.4)[n], films[n].numpy() * mask * (mask >= 0.4), atol=1e-12
-        )
-    assert not masked[2].any()
-    signed = masked_films(torch.ones(1, 1, 3, 3), raw[:1].float(), rectify=False)
-    torch.testing.assert_close(signed[0], normalise(raw[:1].float(), rectify=False))
-    with pytest.raises(ValueError, match="one map"):
-        masked_films(films, raw[:2])
-
-
-def test_increase_and_drop():
+def test_consistency_table_equals_numpy_and_its_intervals_a_loop(monkeypatch):
     generator = np.random.default_rng(0)
-    y, o = generator.uniform(size=(2, 200))
-    y[:4], o[:4] = [0, 0, 0.5, 1], [0.3, 0, 0.5, 0]
-    found = increase_and_drop(y, o)
-    np.testing.assert_allclose(found[:2], reference.increase_and_drop(y, o))
-    assert found.n == 200 and found.n_zero == 2
-    assert increase_and_drop([0.5, 0.8], [0.25, 1.0]) == (50, 25, 2, 0)
-    nothing = increase_and_drop([0.0], [0.1])
-    assert nothing.increase == 100 and np.isnan(nothing.drop)
-    for bad, message in (
-        ([1.5, 0.1], "original: film 0 has 1.5"),
-        ([0.2, np.nan], "film 1"),
-        ([0.2], "two confidences"),
-        ([], "two confidences"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            increase_and_drop(bad, [0.1, 0.1] if len(bad) else [])
+    x = generator.normal(size=90)
+    y = x + 0.7 * generator.normal(size=90)
+    patients = {row: f"p{row % 31}" for row in range(200)}
+    skewed, offset = np.round(np.exp(2 * x), 1), 1e6 + 1e-3 * x  # ties; digits that a sum of squares would lose
+    table = module.consistency_table(
+        pd.concat([sums_of(skewed, y), sums_of(offset, y, scale="common_tanh")]), patients, 200, seed=4
+    )
+    assert table["chosen"].tolist() == ["spearman", "pearson"] and (table["n"] == 90).all()
+    draws = patient_replicates([patients[row] for row in np.arange(90) + 3], 200, 4)
+    for (_, line), values, statistic in zip(table.iterrows(), (skewed, offset), (stats.spearmanr, stats.pearsonr)):
+        np.testing.assert_allclose(
+            [line["pearson"], line["spearman"]],
+            [stats.pearsonr(values, y)[0], stats.spearmanr(values, y)[0]],
+            rtol=1e-6,
+        )
+        drawn = []
+        for counts in draws.counts:
+            chosen = np.repeat(np.arange(90), counts[draws.patient])
+            drawn.append(statistic(values[chosen], y[chosen])[0])
+        np.testing.assert_allclose([line["ci_low"], line["ci_high"]], np.percentile(drawn, [2.5, 97.5]), rtol=1e-6)
+        assert line["ci_low"] < line[line["chosen"]] < line["ci_high"]
+    monkeypatch.setattr(module, "_REPLICATES", 100)  # one replicate at a time
+    again = module.consistency_table(
+        pd.concat([sums_of(skewed, y), sums_of(offset, y, scale="common_tanh")]), patients, 200, seed=4
+    )
+    pd.testing.assert_frame_equal(table, again, rtol=1e-12)
+
+
+def test_correlations_that_do_not_exist():
+    y = np.random.default_rng(0).normal(size=20)
+    patients = {row: str(row) for row in range(40)}
+    table = module.consistency_table(
+        pd.concat(
+            [
+                sums_of(np.full(20, 2.5), y),
+                sums_of(np.full(20, np.nan), y, method="gradpp"),
+                sums_of(y + y**2, y, method="xgrad"),
+            ]
+        ),
+        patients,
+        50,
+    )
+    for which, note in ((0, "constant totals"), (1, "no common scale")):
+        assert table.loc[which, ["pearson", "spearman", "ci_low", "ci_high"]].isna().all()
+        assert table.loc[which, "chosen"] == "" and not table.loc[which, "normal"] and note in table.loc[which, "note"]
+    assert np.isfinite(table.loc[2, ["pearson", "spearman", "ci_low", "ci_high"]].astype(float)).all()
+    alone = module.consistency_table(sums_of(y + y**2, y), {row: "one patient" for row in range(40)}, 50)
+    none = module.consistency_table(sums_of(y + y**2, y), patients, 0)
+    for frame in (alone, none):
+        assert frame[["ci_low", "ci_high"]].isna().all(axis=None) and np.isfinite(frame["pearson"]).all()
+    rare = module.consistency_table(sums_of(np.where(np.arange(20) == 4, 1.0, 0.0), y), patients, 50).iloc[
+        0
+    ]  # replicates without film 4
+    assert rare["ci_low"] <= rare["spearman"] <= rare["ci_high"]
+    with pytest.raises(ValueError, match="totals: NaN"):
+        module.consistency_table(sums_of(np.append(np.nan, y[1:]), y), patients, 50)
+
+
+def test_maps_of_zeros_do_not_stop_the_table():
+    weights = torch.tensor([[-1.0, -2.0, -1.0], [1.0, 2.0, -1.0]])
+    case = SimpleNamespace(
+        model=Bare(weights), films=torch.rand(N, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    )
+    found = survey(view(case, layer="trunk", targets=TARGETS[:, :2], classes=CLASSES[:2]), ROWS, ["gradpp"], size=4)
+    scales = found.scales()  # no weight of class 0 is positive
+    for c, exists in ((0, False), (1, True)):
+        sums = module.activation_sums(view(case, layer="trunk"), ROWS, c, scales, 4)
+        table = module.consistency_table(sums, {row: str(row) for row in range(40)}, 20).set_index("scale")
+        assert (table["pearson"].notna() == exists).all() and ((table["chosen"] != "") == exists).all()

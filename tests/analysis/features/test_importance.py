@@ -13,16 +13,14 @@ from lib.analysis.features.importance import (
     film_distances,
     overlap,
     participation,
+    principal_by_reading,
     redundancy,
     robust_z,
     select_features,
     train_test_difference,
 )
 from tests.analysis.features import reference_integrated as reference
-
-
-def draw(shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from tests.analysis.features.toys import draw
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +95,7 @@ def test_importance_refuses():
             stream.update(contributions, targets)
 
 
-@pytest.mark.parametrize("ratio", [0.001, 0.05, 0.07, 0.29, 0.55, 1.0])
+@pytest.mark.parametrize("ratio", [0.001, 0.012, 0.05, 0.07, 0.29, 0.55, 1.0])
 def test_top_features_with_ties(ratio):
     importance = np.random.default_rng(0).integers(-3, 4, (100, 3)).astype(float)
     importance[:, 2] = -1.0  # a column of ties, all negative
@@ -108,6 +106,8 @@ def test_top_features_with_ties(ratio):
     other = select_features(importance, ratio, "abs_diff")
     for c in range(3):
         assert set(np.flatnonzero(other[:, c])) == reference.top(difference[:, c], ratio)
+    if ratio == 0.012:
+        assert (mask.sum(axis=0) == 2).all()  # 1.2 of 100 features: ceil, not round
     if ratio == 0.07:
         assert (mask.sum(axis=0) == 7).all() and np.flatnonzero(mask[:, 2]).tolist() == list(range(7))
 
@@ -230,3 +230,18 @@ def test_redundant_features():
     assert (redundancy(np.zeros((3, 2))) == 0).all()
     with pytest.raises(ValueError, match="no class has films"):
         redundancy(np.full((3, 1), np.nan))
+
+
+def test_principal_features_by_each_reading():
+    matrix = Importance(
+        np.array([[9.0, 1], [1, 2], [0, 3], [2, 0]]),
+        np.array([[1.0, np.nan], [5, np.nan], [4, np.nan], [2, np.nan]]),
+        np.zeros((4, 2)),
+        np.array([10, 10]),
+        np.array([5, 0]),
+    )
+    tops = principal_by_reading(matrix, 0.25)
+    assert list(tops) == ["eq. 3, all films", "eq. 4, films of the class", "contrast"]
+    assert [np.flatnonzero(mask[:, 0]).tolist() for mask in tops.values()] == [[0], [1], [1]]
+    assert tops["eq. 3, all films"][:, 1].tolist() == [False, False, True, False]
+    assert not tops["contrast"][:, 1].any()  # no film of the class

@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from lib.analysis.features import scale
 from lib.analysis.features.scale import ActivationDistribution, linear_scale, s_cam, scaled, tanh_scale
+from lib.analysis.features.survey import survey
 from tests.analysis.features import reference_integrated as reference
-from tests.analysis.features.test_importance import draw
+from tests.analysis.features.toys import CLASSES, ROWS, Bare, draw, view
 
 
 def streamed(raw, size=None, batch=3, classes=None):
@@ -80,13 +84,9 @@ def test_pixels_are_counted_after_resizing():
     np.testing.assert_allclose(again.percentiles().value, expected, atol=1e-6)
     native = [[reference.percentile(raw[:, c], p) for c in range(2)] for p in (10, 90)]
     assert np.abs(np.array(native) - expected).max() > 0.05
-    summary = stream.summary()
-    np.testing.assert_allclose(
-        summary[["mean", "sd", "low", "high"]],
-        [[f(films[:, c]) for f in (np.mean, np.std, np.min, np.max)] for c in range(2)],
-        atol=1e-6,
-    )
-    assert (summary["n_pixels"] == 4 * 49).all()
+    ends = [[f(films[:, c]) for c in range(2)] for f in (np.min, np.max)]
+    np.testing.assert_allclose([stream.low, stream.high], ends, atol=1e-6)
+    assert stream.n_pixels == 4 * 49
     extremes = [
         [reference.percentile(raw[:, c].amin((1, 2)), 50) for c in range(2)],
         [reference.percentile(raw[:, c].amax((1, 2)), 90) for c in range(2)],
@@ -105,6 +105,11 @@ def test_histogram_of_class_activations():
     assert streamed(torch.full((2, 1, 3, 3), 0.5)).histogram([0, 0.5, 1]).tolist() == [[0, 18]]
     assert streamed(torch.full((2, 1, 3, 3), 0.5)).histogram([0, 0.25, 0.5]).tolist() == [[0, 18]]
     assert stream.histogram([-9, 9]).tolist() == [[40 * 256], [40 * 256]]
+    edges, counts = stream.bars(8)
+    assert (
+        edges.tolist() == np.linspace(raw.min().item(), raw.max().item(), 9).tolist() and counts.sum() == 2 * 40 * 256
+    )
+    np.testing.assert_array_equal(counts, stream.histogram(edges))
 
 
 def test_distribution_refuses():
@@ -120,6 +125,40 @@ def test_distribution_refuses():
     again.update(torch.zeros(2, 2, 3, 3))
     with pytest.raises(ValueError, match="'Mass': the second pass saw other"):
         again.percentiles()
+
+
+def test_a_second_pass_that_rounds_otherwise_gives_its_own_percentiles():
+    raw = draw((40, 1, 5, 5), 6, torch.float32)
+    ulp = torch.from_numpy(np.nextafter(raw.numpy(), np.float32(np.inf)))
+    other = torch.where(draw(raw.shape, 7) > 0, ulp, raw)
+    again = streamed(raw).second_pass()
+    again.update(other)
+    np.testing.assert_allclose(again.percentiles().value[:, 0], np.percentile(other.double(), [10, 90]), rtol=1e-14)
+    fewer = streamed(torch.ones(40, 1, 5, 5)).second_pass()
+    fewer.update(torch.ones(39, 1, 5, 5))
+    with pytest.raises(ValueError, match="the second pass saw other"):
+        fewer.percentiles()
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 5e-4, 1e-5])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_small_spread_on_a_large_offset_has_its_exact_scale(spread, again):
+    films = 1 + spread * draw((7, 2, 8, 8), 8, torch.float32)
+    films[:, 1] = -0.7
+    case = SimpleNamespace(model=Bare(torch.eye(2)), films=films)
+    targets = np.ones((40, 2))
+    found = survey(
+        view(case, 4, layer="trunk", targets=targets, classes=CLASSES[:2]), ROWS, ["cam"], size=11, keep=not again
+    )
+    pixels = [reference.bilinear(film.numpy().astype(float), 11) for film in films[:, 0]]
+    for kind, low, high in (("tanh", np.arctanh(0.1), np.arctanh(0.9)), ("linear", 0, 1)):
+        alpha, beta = found.scales(kind)["cam"]
+        p10, p90 = np.percentile(pixels, [10, 90])
+        rounding = 3e-7 / spread  # of the float32 values
+        np.testing.assert_allclose(alpha[0], (high - low) / (p90 - p10), rtol=rounding)
+        ends = [alpha[0] * p10 + beta[0], alpha[0] * p90 + beta[0]]
+        np.testing.assert_allclose(ends, [low, high], atol=rounding)
+        assert np.isnan([alpha[1], beta[1]]).all()  # this class does not vary
 
 
 def test_beta_is_not_the_printed_one():
@@ -163,3 +202,23 @@ def test_scaled_maps_keep_negative_evidence_and_order_matters():
         scaled(raw, 1.0, 0.0, "log")
     with pytest.raises(ValueError, match="unknown order"):
         s_cam(raw, 1.0, 0.0, 6, order="both")
+
+
+def test_a_class_without_variation_has_no_scale_and_the_others_have():
+    maps = draw((7, 3, 4, 4), 0, torch.float32)
+    maps[:, 1] = -0.3
+    case = SimpleNamespace(model=Bare(torch.eye(3)), films=maps)
+    found = survey(view(case, layer="trunk", targets=np.ones((40, 3))), ROWS, ["cam"], size=4)
+    for kind, curve, ends in (("tanh", np.tanh, (0.1, 0.9)), ("linear", lambda values: values, (0, 1))):
+        for bounds in ("pixels", "image_extremes"):
+            alpha, beta = found.scales(kind, bounds)["cam"]
+            assert np.isnan([alpha[1], beta[1]]).all() and np.isfinite([*alpha[[0, 2]], *beta[[0, 2]]]).all()
+            if bounds == "pixels":
+                low, high = (np.percentile(maps.transpose(0, 1).flatten(1), p, axis=1) for p in (10, 90))
+            else:
+                low, high = np.percentile(maps.amin((2, 3)), 50, axis=0), np.percentile(maps.amax((2, 3)), 90, axis=0)
+            for values, end in ((low, ends[0]), (high, ends[1])):
+                np.testing.assert_allclose(curve(alpha * values + beta)[[0, 2]], end, atol=1e-6)
+    rounded = np.nextafter(np.float32(-0.7), np.float32(0))  # a constant map that was resampled
+    alpha, beta = scale.common_scale(np.array([-0.7, -0.7]), np.array([float(rounded), -0.6999]))
+    assert np.isnan([alpha[0], beta[0]]).all() and np.isfinite([alpha[1], beta[1]]).all()
