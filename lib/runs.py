@@ -111,8 +111,12 @@ def _parameters(given, model):
             f"study: there is no params/studies/{name}.yaml{nearest(name, known)} (a study without a file of its own "
             "must name its release: -p release ...)"
         )
-    parameters = model.build({**said, **values})
     default = {key: field.default for key, field in model.model_fields.items()}
+    if model is Run:  # what its own file says besides what it is, such as the layer of a transformer
+        run = "-".join(str({**default, **said, **values}[key]) for key in ("task", "backbone", "loss"))
+        own = ROOT / "params" / "runs" / f"{run}.yaml"
+        said = {**said, **load(own)} if own.is_file() else said
+    parameters = model.build({**said, **values})
     return parameters, {key for key, value in values.items() if value != said.get(key, default[key])}
 
 

@@ -1,20 +1,30 @@
-"""What is installed follows from one file, and the rooms of `lib` keep apart."""
+"""What is installed follows from one file, the rooms of `lib` keep apart, and what a first user types works."""
 
 import ast
 import functools
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 
+import nbformat
 import pytest
 import yaml
+from ipykernel.kernelapp import IPKernelApp
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from traitlets.config.loader import PyFileConfigLoader
 
+from lib import params, runs
 from lib.params import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
     for path in sorted((ROOT / "lib").rglob("*.py"))
@@ -78,9 +88,12 @@ def test_environment_yml_follows():
     assert pip == "pip" and listed == {"pip": ["--require-hashes --requirement requirements.lock"]}
 
 
-def test_every_package_is_listed_for_installation():
-    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"} | {"lib"}
-    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]) == packages
+def test_every_package_is_found_for_installation():
+    """A folder of modules without an __init__.py would not be installed, and work only from the project's folder."""
+    include = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert include == ["lib", "lib.*"]
+    folders = {path.parent for path in MODULES.values()}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
 # ---- the rooms
@@ -127,12 +140,57 @@ def outside(allowed, names):
     }
 
 
+# From the ground up. A room imports only from the floors below it, and within itself: those side by side are strangers.
+FLOORS = (
+    ("lib.locks", "lib.losses", "lib.models"),
+    ("lib.analysis", "lib.data", "lib.devices"),
+    ("lib.params", "lib.tables"),
+    ("lib.records", "lib.figures"),
+    ("lib.runs", "lib.preflight"),
+    ("lib.state",),
+    ("lib.training",),
+)
+WINGS = ("lib.analysis.dissection", "lib.analysis.features", "lib.analysis.relevance")
+
+
+def within(name, rooms):
+    """Those of `rooms` that a module is in: one, or none."""
+    return tuple(room for room in rooms if name == room or name.startswith(f"{room}."))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "lib"])
+def test_no_import_goes_up_or_across(name):
+    floors = [k for k, rooms in enumerate(FLOORS) if within(name, rooms)]
+    assert len(floors) == 1, "say in FLOORS where it stands"
+    below = tuple(room for rooms in FLOORS[: floors[0]] for room in rooms)
+    assert not outside(below + within(name, FLOORS[floors[0]]), [name])
+
+
+def test_no_wing_knows_another_and_what_they_share_knows_none():
+    above = "lib.analysis.truth"  # it calibrates the instruments, so it may know each of them
+    for name in room("lib.analysis"):
+        foreign = [other for other in imports(name) if within(other, WINGS) not in ((), within(name, WINGS))]
+        assert not foreign or name == above, (name, foreign)
+        assert above not in imports(name)
+    assert not outside(("lib.data.phantom", "lib.data.release", "lib.locks"), room("lib.data.phantom"))
+
+
 def test_the_data_room_knows_no_model():
     assert not outside(("lib.data", "lib.locks"), room("lib.data"))
 
 
 def test_models_and_losses_know_no_data():
     assert not outside((), ["lib.models", "lib.losses"])
+
+
+def test_only_runs_and_training_know_both():
+    def knows(name, room):
+        return any(within(other, (room,)) for other in imports(name))
+
+    assert {name for name in MODULES if knows(name, "lib.data") and knows(name, "lib.models")} == {
+        "lib.runs",
+        "lib.training",
+    }
 
 
 def test_the_analysis_room_reads_and_writes_no_file():
@@ -170,12 +228,111 @@ def test_a_module_says_what_it_is(name):
     assert ast.get_docstring(tree(name)) or not MODULES[name].read_text().strip()
 
 
+# ---- what a first user types
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+PAPERMILL = re.findall(r"(?:^    |`)(papermill notebooks/[^`\n]+)", README, re.MULTILINE)
+
+
+def test_every_notebook_has_its_line_in_the_readme():
+    assert {shlex.split(line, comments=True)[1] for line in PAPERMILL} == {
+        f"notebooks/{path.name}" for path in NOTEBOOKS
+    }
+
+
+@pytest.mark.parametrize("line", PAPERMILL)
+def test_a_papermill_line_of_the_readme_opens_what_it_names(line):
+    """As papermill would: the parameters cell, and what the options lay over it, go through the notebook's own door."""
+    _, notebook, _, *options = shlex.split(line, comments=True)
+    cells = nbformat.read(ROOT / notebook, as_version=4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    given = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+    while options:
+        option = options.pop(0)
+        if option == "-f":
+            given |= params.load(ROOT / options.pop(0))
+        elif option == "-p":
+            key, value = options.pop(0), yaml.safe_load(options.pop(0))
+            given[key] = value
+        else:
+            assert option == "--log-output"
+    if any("open_study(globals())" in cell.source for cell in cells):
+        assert runs.open_study(given).study.study == given["study"]
+    else:
+        assert runs.open_run(given, trained=False).name == "{task}-{backbone}-{loss}".format(**given)
+
+
+def test_make_has_every_target_of_the_readme():
+    (targets,) = re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.MULTILINE))
+    assert {"demo", "test", "lab", "study"} <= named <= set(targets.split())
+
+
+def test_the_snakefile_only_says_which_notebook_makes_which_file():
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200 and max(map(len, text.splitlines())) <= 120
+    assert not re.search(r"(?<!RELEASES\[study)\.release\b", text), "what follows from a release stands in RELEASES"
+
+
+def test_kernels_say_what_is_wrong_and_nothing_else(capsys):
+    """The noise of every kernel (its loopback, the interrupt that its end begins with) is left out; an error is not."""
+    configured = PyFileConfigLoader(str(ROOT / "params" / "profiles" / "ipython_kernel_config.py")).load_config()
+    log = IPKernelApp(config=configured).log
+    log.warning("Kernel is running over TCP without encryption.")
+    log.error("KeyboardInterrupt caught in kernel.")
+    log.error("Exception in message handler")
+    assert capsys.readouterr().err.strip() == "[IPKernelApp] ERROR | Exception in message handler"
+
+
+@pytest.mark.skipif(not (shutil.which("git") and shutil.which("make")), reason="git or make is not installed")
+def test_what_a_notebook_printed_stays_out_of_git(tmp_path):
+    """`make setup` makes git compare notebooks without results; a changed source is a change."""
+    for name in ("Makefile", ".gitattributes", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
+    def output(*command):
+        return subprocess.run(
+            command, cwd=tmp_path, env=variables, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+
+    (config,) = [step for step in output("make", "--always-make", "--dry-run", "setup") if "git config" in step]
+    output("sh", "-c", config)  # not a clone: nothing to set, and no fault
+    output("git", "init", "--quiet")
+    output("sh", "-c", config)
+    output("git", "add", "notebooks", ".gitattributes")
+    for path in sorted((tmp_path / "notebooks").glob("*.ipynb")):  # as JupyterLab saves what it has run
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+        notebook.metadata.language_info = {
+            "codemirror_mode": {"name": "ipython", "version": 3},
+            "file_extension": ".py",
+            "mimetype": "text/x-python",
+            "name": "python",
+            "nbconvert_exporter": "python",
+            "pygments_lexer": "ipython3",
+            "version": "3.12.1",
+        }
+        for count, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
+            cell.execution_count = count
+            cell.outputs = [nbformat.v4.new_output("stream", text="a result\n")]
+        nbformat.write(notebook, path)
+    assert not output("git", "diff", "--no-ext-diff")
+    saved = path.read_text()
+    path.write_text(saved.replace("# Finding", "# Findings", 1))
+    changed = [line for line in output("git", "diff", "--no-ext-diff", "--", path) if re.match("[+-] ", line)]
+    assert "a result" in saved and len(changed) == 2 and "# Findings" in changed[1]
+
+
 # ---- habits
 
 
 def sources():
     """Text of everything that runs but the tests."""
-    paths = [*(ROOT / "lib").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb"), ROOT / "Snakefile"]
+    paths = [*(ROOT / "lib").rglob("*.py"), *NOTEBOOKS, ROOT / "Snakefile"]
     return {path: path.read_text(encoding="utf-8") for path in paths}
 
 

@@ -61,11 +61,8 @@ def test_permissions_are_those_of_a_plain_new_file(tmp_path, mask, expected):
         (tmp_path / "plain.txt").write_text("x")
     finally:
         assert os.umask(before) == mask  # and the mask itself was left alone
-    assert (
-        stat.S_IMODE((tmp_path / "x.txt").stat().st_mode)
-        == stat.S_IMODE((tmp_path / "plain.txt").stat().st_mode)
-        == expected
-    )
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("x.txt", "plain.txt")]
+    assert modes == [expected, expected]
 
 
 @pytest.mark.parametrize(
@@ -83,9 +80,8 @@ def test_a_full_disk_is_named_with_its_file(tmp_path, monkeypatch, write):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        OSError, match=r"no space left on the disk while writing .*record.csv; nothing was replaced"
-    ) as caught:
+    message = r"no space left on the disk while writing .*record.csv; nothing was replaced"
+    with pytest.raises(OSError, match=message) as caught:
         write(path)
     assert caught.value.errno == errno.ENOSPC
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["record.csv"]
@@ -100,10 +96,8 @@ def test_a_full_disk_is_named_with_its_file(tmp_path, monkeypatch, write):
 )
 def test_a_full_disk_is_named_whatever_the_writer_raises(tmp_path, monkeypatch, error, free):
     monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free}))
-    with (
-        pytest.raises(OSError, match="no space left .*model.safetensors"),
-        records.atomic(tmp_path / "model.safetensors"),
-    ):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(OSError, match="no space left .*model.safetensors"), records.atomic(path):
         raise error
     assert os.listdir(tmp_path) == []
 
@@ -124,11 +118,8 @@ def test_tables(tmp_path, suffix):
     records.write_table(FRAME.set_index(pd.Index([7, 9])), path)
     back = records.read_table(path)
     assert list(back.columns) == list(FRAME.columns)
-    assert (
-        back["image"].tolist() == FRAME["image"].tolist()
-        and back["value"].iloc[0] == 0.1 + 0.2
-        and np.isnan(back["value"].iloc[1])
-    )
+    assert back["image"].tolist() == FRAME["image"].tolist() and back["value"].iloc[0] == 0.1 + 0.2
+    assert np.isnan(back["value"].iloc[1])
     if suffix == "parquet":
         pd.testing.assert_frame_equal(back, FRAME)
 
@@ -156,9 +147,8 @@ def test_json_refuses_what_it_cannot_give_back(tmp_path, value):
 
 
 def test_tensors(tmp_path):
-    with records.atomic(
-        tmp_path / "model.safetensors"
-    ) as temporary:  # safetensors moves a file of its own onto the temporary one
+    # safetensors moves a file of its own onto the temporary one.
+    with records.atomic(tmp_path / "model.safetensors") as temporary:
         save_file({"a": torch.arange(5)}, temporary)
     assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [0, 1, 2, 3, 4]
     assert os.listdir(tmp_path) == ["model.safetensors"]
@@ -172,9 +162,8 @@ def test_figures(tmp_path):
     for _ in range(2):
         records.write_figure(figure, tmp_path / "figures" / "fig1", dpi=50)
     assert sorted(os.listdir(tmp_path / "figures")) == ["fig1.pdf", "fig1.png"]
-    assert (tmp_path / "figures" / "fig1.png").read_bytes()[:4] == b"\x89PNG" and (
-        tmp_path / "figures" / "fig1.pdf"
-    ).read_bytes()[:4] == b"%PDF"
+    assert (tmp_path / "figures" / "fig1.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "figures" / "fig1.pdf").read_bytes()[:4] == b"%PDF"
 
 
 # --- all runs of a study
@@ -185,24 +174,19 @@ def test_runs_are_stacked_in_order_and_the_missing_are_named(tmp_path, monkeypat
     assert params.ROOT != tmp_path
     study = Study(runs=["binary-resnet50-focal", "multilabel-tdensenet-bce"], seeds=[1, 0])
     runs = [study.run(name, seed) for name in study.runs for seed in study.seeds]
-    for value, run in enumerate(runs[:2]):
-        records.write_table(
-            pd.DataFrame({"class": ["Average"], "auroc": [float(value)]}), run.run_folder / "metrics.csv"
-        )
-    with pytest.raises(
-        FileNotFoundError,
-        match="metrics.csv is missing in multilabel-tdensenet-bce/seed1, multilabel-tdensenet-bce/seed0 of .*01 to 04",
-    ):
+
+    def write(value):
+        metrics = pd.DataFrame({"class": ["Average"], "auroc": [float(value)]})
+        records.write_table(metrics, runs[value].run_folder / "metrics.csv")
+
+    write(0), write(1)
+    missing = "multilabel-tdensenet-bce/seed1, multilabel-tdensenet-bce/seed0"
+    with pytest.raises(FileNotFoundError, match=f"metrics.csv is missing in {missing} of .*01 to 04"):
         records.read_runs(study, "metrics.csv")
-    for value, run in enumerate(runs[2:], 2):
-        records.write_table(
-            pd.DataFrame({"class": ["Average"], "auroc": [float(value)]}), run.run_folder / "metrics.csv"
-        )
+    write(2), write(3)
     table = records.read_runs(study, "metrics.csv")
     assert table["auroc"].tolist() == [0, 1, 2, 3] and table.index.tolist() == [0, 1, 2, 3]
     assert table[["task", "backbone", "loss", "seed"]].values.tolist() == [
-        ["binary", "resnet50", "focal", 1],
-        ["binary", "resnet50", "focal", 0],
-        ["multilabel", "tdensenet", "bce", 1],
-        ["multilabel", "tdensenet", "bce", 0],
-    ]
+        ["binary", "resnet50", "focal", 1], ["binary", "resnet50", "focal", 0],
+        ["multilabel", "tdensenet", "bce", 1], ["multilabel", "tdensenet", "bce", 0],
+    ]  # fmt: skip

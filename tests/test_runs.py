@@ -69,6 +69,15 @@ def test_what_is_not_given_is_as_the_studys_file_says(study):
     assert open_study({"study": name}).study.n_replicates == 17
 
 
+def test_what_the_runs_own_file_says_is_no_option(study):
+    name = study("mine", release="digits", data_root="", runs=["digits-small_transformer-bce"])
+    given = {"study": name, "task": "digits", "backbone": "small_transformer", "loss": "bce"}
+    subject = open_run(given, trained=False)
+    assert subject.run.token_grid == [8, 8] and subject.run.cam_layer and subject.folder == subject.run.run_folder
+    assert open_run(given | {"token_grid": [8, 8]}, trained=False).folder == subject.run.run_folder
+    assert open_run(given | {"cam_layer": "trunk.maps"}, trained=False).folder.name == "cam_layer=trunk.maps"
+
+
 def test_a_notebooks_own_names_are_not_parameters(study):
     shell = {
         "__name__": "__main__",

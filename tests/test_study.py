@@ -1,5 +1,6 @@
 """The workflow for real, in a copy of the project: interrupted, finished, repeated, and stopped by bad input."""
 
+import ast
 import fcntl
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -17,7 +19,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lib import records
-from lib.params import ROOT
+from lib.params import ROOT, Run
+from lib.preflight import check_before_work
 
 RUNS = ("multilabel-tdensenet-focal", "binary-tdensenet-bce")
 DIGITS = ("digits-small_cnn-bce", "digits-small_transformer-bce")
@@ -58,6 +61,8 @@ FIGURES = {
     for suffix in ("png", "pdf")
 }
 
+SNAKEFILE = (ROOT / "Snakefile").read_text(encoding="utf-8")
+
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
@@ -74,16 +79,19 @@ def project(tmp_path_factory):
         "study: no_films\nrelease: nih\ndata_root: /there/is/no/such/folder\ninit: scratch\n"
     )
     (studies / "misspelt.yaml").write_text("study: misspelt\nlearningrate: 0.1\n")
+    (studies / "with_chexnet.yaml").write_text(
+        "study: with_chexnet\nrelease: nih\nruns: [binary-tdensenet-bce]\ncomparison: false\nchexnet: Makefile\n"
+    )
     return folder
 
 
 def environment(**changes):
     """As from a shell in which the environment is activated; without `OUTPUTS`, results go to the project's own
-    folder."""
-    kept = {key: value for key, value in os.environ.items() if key != "OUTPUTS" and not key.startswith("PYTEST")}
-    return (
-        kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"} | changes
-    )
+    folder, and `lib` is the project's."""
+    left_out = ("OUTPUTS", "PYTHONPATH", "PYTEST")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return kept | {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"} | changes
 
 
 def start(project, *arguments, **changes):
@@ -104,34 +112,35 @@ def start(project, *arguments, **changes):
 def make_study(project, *arguments, **changes):
     process = start(project, *arguments, **changes)
     try:
-        said, _ = process.communicate(timeout=600)
+        said, _ = process.communicate(timeout=1200)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, said
 
 
+def output(command, cwd, *, shell=False, **changes):
+    """What a command says, on both channels; it must end well."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=cwd, env=environment(**changes), shell=shell, check=False, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def snakemake(project, *arguments, **changes):
+    """The command of `make study`."""
+    command = ["make", "--no-print-directory", "-n", "--old-file=setup", "study", "JOBS=2", *arguments]
+    shown = output(command, project, **changes)
+    return shown[shown.index("snakemake") :].split("||")[0].replace("\\\n", " ")
+
+
 def dry_run(project, *arguments, **changes):
     """Counts of the jobs that `make study` would run."""
-
-    def output(command, **options):
-        return subprocess.run(
-            command,
-            cwd=project,
-            env=environment(**changes),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            **options,
-        )
-
-    shown = output(
-        ["make", "--no-print-directory", "-n", "--old-file=setup", "study", "JOBS=2", *arguments], check=True
-    ).stdout
-    command = shown[shown.index("snakemake") :].split("||")[0].replace("\\\n", " ")
-    done = output(f"{command} --dry-run --quiet rules", shell=True)
-    assert done.returncode == 0 and "Exception" not in done.stdout, done.stdout
-    rows = [line.split() for line in done.stdout.splitlines()]
+    said = output(
+        f"{snakemake(project, *arguments, **changes)} --dry-run --quiet rules", project, shell=True, **changes
+    )
+    assert "Exception" not in said, said
+    rows = [line.split() for line in said.splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
 
 
@@ -142,7 +151,7 @@ def dry_run(project, *arguments, **changes):
 def study(project):
     """Folder of the smoke study, killed in the middle of training and called again; and what the second call said."""
     process = start(project, "STUDY=smoke")
-    folder, deadline = project / "outputs" / "smoke", time.monotonic() + 200
+    folder, deadline = project / "outputs" / "smoke", time.monotonic() + 400
     while not list(folder.glob("*/seed0/state/epoch-*.pt")):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.02)
@@ -276,6 +285,32 @@ def test_a_second_call_does_nothing(study, project):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_a_changed_module_is_looked_at_again_but_not_trained_again(study, project):
+    module = project / "lib" / "analysis" / "relevance" / "steps.py"
+    text = module.read_text()
+    module.write_text(f"{text}# changed\n")
+    jobs = dry_run(project, "STUDY=smoke")
+    module.write_text(text)
+    assert jobs.keys() >= {"cam_alignment", "attribution", "features", "figures"} and not jobs.keys() & {
+        "data",
+        "train",
+    }
+
+
+def test_a_finished_run_keeps_no_state_and_is_not_trained_again(study, project):
+    """Snakemake removes what is declared, the record, before it runs the job again that makes it."""
+    folder, _ = study
+    run = folder / RUNS[1] / "seed0"
+    assert not list(folder.parent.glob("*/*/seed*/state/*.pt"))
+    weights = (run / "model.safetensors").read_bytes()
+    (project / "params" / "runs" / f"{RUNS[1]}.yaml").open("a").write("# changed\n")
+    this_alone = f" -- {(run / 'run.json').relative_to(project)}"
+    said = output(snakemake(project, "STUDY=smoke") + this_alone, project, shell=True)
+    assert f"{RUNS[1]} seed 0: already trained, 2 epochs" in said and "epoch 1/2" not in said, said
+    assert (run / "model.safetensors").read_bytes() == weights
+    assert records.read_json(run / "run.json")["status"] == "finished"
+
+
 def test_a_study_that_runs_already_is_said(project):
     (project / "outputs").mkdir(exist_ok=True)
     with open(project / "outputs" / ".smoke.lock", "w") as file:
@@ -289,8 +324,10 @@ def test_a_study_that_runs_already_is_said(project):
 
 def test_a_failing_notebook_is_kept_and_nothing_is_published(project, tmp_path):
     status, said = make_study(project, "STUDY=no_films", OUTPUTS=str(tmp_path))
-    assert status != 0 and "/there/is/no/such/folder" in said
-    notebook = nbformat.read(tmp_path / "no_films" / "00_data.ipynb", as_version=4)
+    kept = tmp_path / "no_films" / "00_data.ipynb"
+    assert status != 0 and said.count("/there/is/no/such/folder is not a folder") == 1, said
+    assert "Traceback" not in said and f"The notebook, as far as it came: {kept}\n" in said, said
+    notebook = nbformat.read(kept, as_version=4)
     assert notebook.metadata.papermill.exception is True
     assert any(
         "/there/is/no/such/folder" in output.get("evalue", "")
@@ -298,6 +335,63 @@ def test_a_failing_notebook_is_kept_and_nothing_is_published(project, tmp_path):
         for output in cell.get("outputs", [])
     )
     assert [path.name for path in (tmp_path / "no_films").rglob("*") if path.is_file()] == ["00_data.ipynb"]
+
+
+PAPERMILLS_OWN = """Traceback (most recent call last):
+  File "papermill", line 8, in <module>
+    sys.exit(papermill())
+papermill.exceptions.PapermillExecutionError:
+"""
+UNEXPECTED = """ZeroDivisionError                         Traceback (most recent call last)
+Cell In[1], line 1
+----> 1 1 / 0
+Traceback (most recent call last):
+ZeroDivisionError: division by zero
+"""
+KERNEL_DIED = """Traceback (most recent call last):
+  File "papermill", line 8, in <module>
+nbclient.exceptions.DeadKernelError: Kernel died
+"""
+SEE = "The notebook, as far as it came: some/00.ipynb\n"
+
+
+@pytest.mark.parametrize(
+    "written, shown",
+    [
+        ("a warning\n\nanother\n", "a warning\nanother\n"),
+        (f'{PAPERMILLS_OWN}---\nException encountered at "In [1]":\nno such folder\n\n', f"no such folder\n{SEE}"),
+        (f'w\n{PAPERMILLS_OWN}---\nException encountered at "In [1]":\n{UNEXPECTED}', f"w\n{UNEXPECTED}{SEE}"),
+        (KERNEL_DIED, KERNEL_DIED),
+    ],
+    ids=["no error", "expected", "unexpected", "papermill's"],
+)
+def test_of_a_failed_notebook_its_own_error_is_shown(written, shown):
+    (program,) = [
+        node.value.value
+        for node in ast.walk(ast.parse(re.search(r'os\.environ\["ITS_ERROR"\] = r""".*?"""', SNAKEFILE, re.DOTALL)[0]))
+        if isinstance(node, ast.Assign)
+    ]
+    said = subprocess.run(
+        ["awk", "-v", "notebook=some/00.ipynb", program], input=written, capture_output=True, text=True, check=True
+    )
+    assert said.stdout == shown
+
+
+@pytest.mark.parametrize(
+    "keys, fault",
+    [
+        ({"backbone": "resnet5O"}, "resnet5O.*resnet50"),
+        ({"cam_layer": "trunk.layer9"}, "tdensenet has no module trunk.layer9"),
+        ({"init": "/no/weights.pth"}, "/no/weights.pth"),
+        ({"chexnet": "/no/checkpoint"}, "chexnet: there is no file /no/checkpoint"),
+    ],
+    ids=str,
+)
+def test_a_wrong_model_stops_before_any_work(keys, fault):
+    run = Run.build({"init": "scratch", **keys})
+    study = SimpleNamespace(chexnet_files=run.chexnet_files, chexnet=run.chexnet, every_run=[run])
+    with pytest.raises((ValueError, RuntimeError), match=fault):
+        check_before_work([study])
 
 
 def test_a_misspelt_parameter_stops_before_any_work(project, tmp_path):
@@ -351,6 +445,7 @@ OF_DEMO = {**OF_ALL, "pretext": 2, "data": 4, "train": 22, "attribution": 2, "fe
             },
         ),
         ("rsna", ["DATA_ROOT=films"], {"data": 1, "train": 3, "intention": 1, "all": 1}),
+        ("with_chexnet", ["DATA_ROOT=films"], {"data": 1, "chexnet": 1, "all": 1}),
     ],
 )
 def test_a_study_is_its_runs_and_their_notebooks(project, study, arguments, expected, tmp_path):
@@ -361,15 +456,39 @@ def test_a_study_is_its_runs_and_their_notebooks(project, study, arguments, expe
 
 def test_make_passes_on_what_it_is_given(project):
     def shown(*arguments):
-        return subprocess.run(
-            ["make", "-n", *arguments], cwd=project, env=environment(), capture_output=True, text=True, check=True
-        ).stdout
+        return output(["make", "-n", *arguments], project)
 
     demo = shown("demo", "GPUS=0")
     assert "--require-hashes -r requirements.lock" in demo and "study=demo" in demo and "gpu" not in demo
+    assert "cp params/profiles/ipython_kernel_config.py .venv/etc/ipython/" in demo
     study = shown("study", "STUDY=nih", "DATA_ROOT=x", "RUNS=a b", "GPUS=3", "JOBS=5")
     assert f"data_root='{project}/x'" in study and "runs='a b'" in study and "--cores 5 --resources gpu=3" in study
     assert "--profile params/profiles/slurm" in shown("study", "PROFILE=slurm") and "--cores" not in shown(
         "study", "PROFILE=slurm"
     )
     assert "/scratch/films/.demo.lock" in shown("demo", "OUTPUTS=/scratch/films")
+
+
+@pytest.mark.parametrize("user, allowed", [(0, True), (1000, False)])
+def test_lab_opens_the_notebooks_for_root_too(project, user, allowed, tmp_path):
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n")
+    (tmp_path / "id").chmod(0o755)
+    lab = output(["make", "-n", "lab"], project, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "default_url=/lab/tree/notebooks" in lab and ("--allow-root" in lab) == allowed
+
+
+def test_clean_states_keeps_what_is_not_finished(project, tmp_path):
+    clean = ["make", "--no-print-directory", "clean-states"]
+    assert output(clean, project, OUTPUTS=str(tmp_path / "none yet")) == ""
+    for name, status in (("done", "finished"), ("half", "running")):
+        folder = tmp_path / "my outputs" / "study" / name / "seed0"
+        records.write_json({"status": status}, folder / "run.json")
+        for file in ("model.safetensors", "state/epoch-00001-a.pt", "state/epoch-00002-b.pt", "state/finished.json"):
+            records.write_json({}, folder / file)
+        (folder / "state" / "epoch-00002-b.pt").write_bytes(bytes(2**21))
+    said = output(clean, project, OUTPUTS=str(tmp_path / "my outputs"))
+    assert re.fullmatch(r"2[.,][01]M\s+of training states removed\n", said)
+    left = {path.relative_to(folder.parents[1]).as_posix() for path in folder.parents[1].rglob("*.pt")}
+    assert left == {"half/seed0/state/epoch-00001-a.pt", "half/seed0/state/epoch-00002-b.pt"}
+    assert len(list((folder.parents[1] / "done").rglob("*.*"))) == 3
+    assert output(clean, project, OUTPUTS=str(tmp_path / "my outputs")) == ""
