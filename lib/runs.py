@@ -1,7 +1,6 @@
 """The door: a notebook's parameters in, an opened run or study out, with its films, its model and what they say of it.
 
-`open_run` and `open_study` check every parameter before anything else happens. What a trained run *is*, the parameters
-and files that its weights follow from, and whether it stands as it was trained, is said here too.
+`open_run` and `open_study` check every parameter before anything else happens.
 """
 
 import sys
@@ -13,7 +12,6 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 
-from lib import records
 from lib.analysis.alignment import pair_cams
 from lib.analysis.inference import Output, stream
 from lib.analysis.pairs import box_pairs
@@ -26,14 +24,8 @@ from lib.data.release import UNHEALTHY, ReleaseError, film_boxes, task_boxes, ta
 from lib.data.store import StoreError
 from lib.devices import DeviceError, choose_device
 from lib.models import CHEXNET_CLASSES, Classifier, check_backbone, layers, load_chexnet, load_model, select_output
-from lib.params import IDENTITY, ROOT, Analysis, ParameterError, Run, Study, load, nearest
-
-RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
-
-
-class TrainingError(RuntimeError):
-    """A run cannot be trained or is not trained; the message says where it stopped, what is kept and what to do."""
-
+from lib.params import ROOT, Analysis, ParameterError, Run, Study, load, nearest
+from lib.state import TrainingError, is_trained, require_trained
 
 # What is refused with a sentence of its own. A notebook shows that sentence, and no traceback above it.
 REFUSALS = (ParameterError, ReleaseError, StoreError, DeviceError, TrainingError, RelevanceError)
@@ -410,51 +402,3 @@ def _differences(parameters, changed):
         for text, keys in parts
         if keys
     )
-
-
-# ---- what a trained run is
-
-
-def require_trained(run: Run) -> dict:
-    """The record of a finished run with these very parameters.
-
-    Raises
-    ------
-    TrainingError
-        The run is not trained, not finished, or was trained with other parameters than `run` has; they are named.
-    """
-    path = run.run_folder / "run.json"
-    if not path.is_file() or not run.weights_path.is_file():
-        raise TrainingError(
-            f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. "
-            "Run 01_train with these parameters first"
-        )
-    record = records.read_json(path)
-    changed = differences(recorded_identity(record), run.identity)
-    if record["status"] != "finished" or changed:
-        fault = f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}"
-        raise TrainingError(f"{path}: {fault}. Run 01_train with these parameters first")
-    return record
-
-
-def is_trained(run: Run) -> bool:
-    """Whether `run` is finished with these very parameters."""
-    try:
-        require_trained(run)
-    except TrainingError:
-        return False
-    return True
-
-
-def recorded_identity(record: Mapping) -> dict:
-    """What the weights of a record follow from: its parameters, of which one that is younger has its default, and
-    files."""
-    known = {key: value for key, value in record["parameters"].items() if value is not None}
-    return {key: known.get(key, Run.model_fields[key].default) for key in IDENTITY} | {
-        key: value for key, value in record["identity"].items() if key not in IDENTITY
-    }
-
-
-def differences(old: Mapping, new: Mapping) -> str:
-    """What differs among the entries of `new`, in words."""
-    return ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in sorted(new) if old.get(key) != new[key])

@@ -1,4 +1,6 @@
-"""Generations of training state: what a killed run carries on from, and what a finished one needs to stay finished.
+"""What a trained run is, and what it is made of: the record that it stands by, and generations of training state.
+
+A run stands while the parameters and files that its weights follow from, its identity, stand unchanged.
 
 While a run trains, `state/epoch-<n>-<digest>.pt` of its two latest epochs lie in its folder. When it is finished only
 `state/finished.json` is left: workflow engines remove what a job is to make before they run it again, so a run whose
@@ -14,10 +16,59 @@ import pandas as pd
 import torch
 
 from lib import records
-from lib.params import Run
-from lib.runs import RESULTS, differences, recorded_identity
+from lib.params import IDENTITY, Run
 
 FINISHED = "finished.json"
+RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
+
+
+class TrainingError(RuntimeError):
+    """A run cannot be trained or is not trained; the message says where it stopped, what is kept and what to do."""
+
+
+def require_trained(run: Run) -> dict:
+    """The record of a finished run with these very parameters.
+
+    Raises
+    ------
+    TrainingError
+        The run is not trained, not finished, or was trained with other parameters than `run` has; they are named.
+    """
+    path = run.run_folder / "run.json"
+    if not path.is_file() or not run.weights_path.is_file():
+        raise TrainingError(
+            f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. "
+            "Run 01_train with these parameters first"
+        )
+    record = records.read_json(path)
+    changed = differences(recorded_identity(record), run.identity)
+    if record["status"] != "finished" or changed:
+        fault = f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}"
+        raise TrainingError(f"{path}: {fault}. Run 01_train with these parameters first")
+    return record
+
+
+def is_trained(run: Run) -> bool:
+    """Whether `run` is finished with these very parameters."""
+    try:
+        require_trained(run)
+    except TrainingError:
+        return False
+    return True
+
+
+def recorded_identity(record: Mapping) -> dict:
+    """What the weights of a record follow from: its parameters, of which one that is younger has its default, and
+    files."""
+    known = {key: value for key, value in record["parameters"].items() if value is not None}
+    return {key: known.get(key, Run.model_fields[key].default) for key in IDENTITY} | {
+        key: value for key, value in record["identity"].items() if key not in IDENTITY
+    }
+
+
+def differences(old: Mapping, new: Mapping) -> str:
+    """What differs among the entries of `new`, in words."""
+    return ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in sorted(new) if old.get(key) != new[key])
 
 
 def write_state(state: dict, folder: Path) -> None:

@@ -37,8 +37,16 @@ from lib.locks import exclusive
 from lib.losses import make_loss
 from lib.models import build_model
 from lib.params import ROOT, Run
-from lib.runs import TrainingError, is_trained
-from lib.state import digest, discard_rest, finish, finished_history, latest_state, write_state
+from lib.state import (
+    TrainingError,
+    digest,
+    discard_rest,
+    finish,
+    finished_history,
+    is_trained,
+    latest_state,
+    write_state,
+)
 
 # The files that decide what training computes. Their digests go on record; an edited comment must not cost a finished
 # run, so a change is only said.

@@ -146,8 +146,8 @@ FLOORS = (
     ("lib.analysis", "lib.data", "lib.devices"),
     ("lib.params", "lib.tables"),
     ("lib.records", "lib.figures"),
-    ("lib.runs", "lib.preflight"),
-    ("lib.state",),
+    ("lib.state", "lib.preflight"),
+    ("lib.runs",),
     ("lib.training",),
 )
 WINGS = ("lib.analysis.dissection", "lib.analysis.features", "lib.analysis.relevance")

@@ -11,7 +11,8 @@ from lib import params, records
 from lib.data.release import CLASSES
 from lib.models import build_model
 from lib.params import ROOT, ParameterError, Run, Study, load
-from lib.runs import OpenStudy, Subject, TrainingError, is_trained, open_run, open_study, require_trained
+from lib.runs import OpenStudy, Subject, open_run, open_study
+from lib.state import TrainingError, is_trained, require_trained
 
 SMALL = {"image_size": 32, "validation_fraction": 0.3, "init": "scratch", "epochs": 2, "device": "cpu"}
 

@@ -29,8 +29,8 @@ from lib.locks import exclusive, try_lock
 from lib.losses import Criterion
 from lib.models import build_model
 from lib.params import ROOT, Run
-from lib.runs import RESULTS, OpenStudy, Subject, is_trained, require_trained
-from lib.state import finished_history
+from lib.runs import OpenStudy, Subject
+from lib.state import RESULTS, finished_history, is_trained, require_trained
 
 EPOCHS = 3
 # One server imports torch once; its children start in milliseconds, each a process of its own that can be killed.

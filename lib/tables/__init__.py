@@ -3,7 +3,7 @@ written."""
 # What others reach by the name of the room is imported to be there.
 # ruff: noqa: F401
 
-from lib.tables import li, nam_lee
+from lib.tables import li, li_words, nam_lee
 from lib.tables.khakzar import (
     caption,
     differences_to_bce,

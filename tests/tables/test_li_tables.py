@@ -7,7 +7,7 @@ import pytest
 
 from lib.analysis import model_cams
 from lib.analysis.features.findings import Confounder
-from lib.tables import li
+from lib.tables import li, li_words
 
 PHANTOM = "Simulated phantom films, not patients"
 INTERVAL = "percentile bootstrap over patients, 2000 replicates"
@@ -220,7 +220,7 @@ def test_all_ten_methods_stand_in_the_order_of_the_paper_and_then_ours():
 def test_rows_of_fewer_films_are_not_counted_and_that_is_said():
     """The four rise in 3 (mean 0.108), CAM and Layer fall by 0.3: 3 of 6, mean (0.431 - 0.6) / 6; with all ten it would
     be 3 of 10."""
-    few = li.sentences(li.table1(ten_methods(), **COMMON))
+    few = li_words.sentences(li.table1(ten_methods(), **COMMON))
     assert few[0] == (
         "The counts leave out what was measured on fewer than 512 films: Smooth Grad++ (8 films); Score-CAM (8 films); "
         "SS-CAM (8 films); IS-CAM (8 films)."
@@ -229,7 +229,7 @@ def test_rows_of_fewer_films_are_not_counted_and_that_is_said():
     assert few[3] == "The paper's S- maps (X-rays) raise it for 3 of 4 methods (+0.108 on average)."
     assert few[-1] == "The paper's rule takes Spearman in 9 of 18 cells."
     same = li.table1(ten_methods(few=512), **COMMON)
-    said = li.sentences(same)
+    said = li_words.sentences(same)
     assert "3 of 10 methods by Pearson" in said[0] and said[-1] == "The paper's rule takes Spearman in 9 of 30 cells."
     assert "films)" not in li.to_markdown(same, interval=INTERVAL) and "leave out" not in " ".join(said)
 
@@ -239,13 +239,13 @@ def test_fewer_films_are_told_class_by_class_and_cell_by_cell():
     full, short = (paper_consistency().assign(**{"class": name}, n=n) for name, n in (("Mass", 512), ("Nodule", 1)))
     table = li.table1(pd.concat([full, short]), **COMMON)
     assert " film" not in "".join(row[0] for row in printed_rows(li.to_markdown(table, interval=INTERVAL)))
-    assert "6 of 8 pairs of class and method by Pearson" in li.sentences(table)[0]
+    assert "6 of 8 pairs of class and method by Pearson" in li_words.sentences(table)[0]
     full.loc[(full["method"] == "xgrad") & (full["scale"] == "common_tanh"), "n"] = 500
     table = li.table1(full, **COMMON)
     assert [row[0] for row in printed_rows(li.to_markdown(table, interval=INTERVAL)) if "film" in row[0]] == [
         "**Mass, XGrad (500 to 512 films)**, Pearson"
     ]
-    said = li.sentences(table)
+    said = li_words.sentences(table)
     assert said[0] == "The counts leave out what was measured on fewer than 512 films: Mass, XGrad (500 to 512 films)."
     assert "of 4 methods by Pearson" in said[1] and "of 3 methods by Pearson" in said[2]
 
@@ -259,7 +259,7 @@ def test_a_coefficient_that_does_not_exist_is_a_dash_and_not_counted():
         table = li.table1(frame, **COMMON)
         assert np.isnan(table["value"].iloc[0].astype(float))
         assert printed_rows(li.to_markdown(table, interval=INTERVAL))[2][1] == "—"
-        said = li.sentences(table)
+        said = li_words.sentences(table)
         assert (
             "2 of 3 methods by Pearson" in said[0] and said[-1] == "The paper's rule takes Spearman in 9 of 11 cells."
         )
@@ -271,8 +271,8 @@ def test_several_selected_classes():
     assert len(table) == 24 and table["class"].drop_duplicates().tolist() == ["Mass", "Pleural_Thickening"]
     text = li.to_markdown(table, interval=INTERVAL)
     assert "**Mass, Grad**, Pearson" in text and "**Pleural Thickening, XGrad**, Pearson" in text
-    assert "6 of 8 pairs of class and method by Pearson" in li.sentences(table)[0]
-    assert "for 3 of 4 methods (+0.108 on average)" in li.sentences(table)[2]  # the paper's row is counted once
+    assert "6 of 8 pairs of class and method by Pearson" in li_words.sentences(table)[0]
+    assert "for 3 of 4 methods (+0.108 on average)" in li_words.sentences(table)[2]  # the paper's row is counted once
 
 
 def test_captions_say_data_n_interval_and_reading():
@@ -334,7 +334,7 @@ def test_no_rows_at_all():
         assert PHANTOM in li.to_markdown(table, interval=INTERVAL) and r"\end{table*}" in li.to_latex(
             table, interval=INTERVAL
         )
-        assert any("cannot be compared" in text or "not known" in text for text in li.sentences(table))
+        assert any("cannot be compared" in text or "not known" in text for text in li_words.sentences(table))
 
 
 def test_change_of_nothing_is_not_a_number():
@@ -380,7 +380,7 @@ def test_bad_frames_are_named():
 def test_sentences_of_the_papers_own_numbers():
     """Counted by hand: Table I X-rays up in 3 of 4 (Grad++ stays at 0.292), mean 0.431 / 4; Table III up in 1 of 4,
     mean 0.051 / 4."""
-    one, two, three, four = (li.sentences(table) for table in all_tables())
+    one, two, three, four = (li_words.sentences(table) for table in all_tables())
     assert "3 of 4 methods by Pearson (+0.108 on average), 3 of 4 methods by Spearman (+0.108 on average)" in one[0]
     assert "3 of 4 methods by Pearson (+0.008 on average)" in one[1]
     assert one[2] == "The paper's S- maps (X-rays) raise it for 3 of 4 methods (+0.108 on average)."
@@ -408,24 +408,24 @@ def test_sentences_of_the_papers_own_numbers():
 
 
 def test_sentences_follow_the_numbers():
-    worse = li.sentences(li.table2(masked_frame(auroc=[0.8, 0.6, 0.6]), **CHOSEN))
+    worse = li_words.sentences(li.table2(masked_frame(auroc=[0.8, 0.6, 0.6]), **CHOSEN))
     assert "at least as well as the principal ones, unlike in the paper" in worse[0] and "as in the paper" in worse[1]
     frame = masked_frame(auroc=[0.8, 0.71, 0.7])
     near = frame.assign(auroc_ci_low=frame["auroc"] - 0.02, auroc_ci_high=frame["auroc"] + 0.02)
-    assert "the intervals overlap, so the two are not told apart" in li.sentences(li.table2(near, **CHOSEN))[0]
+    assert "the intervals overlap, so the two are not told apart" in li_words.sentences(li.table2(near, **CHOSEN))[0]
     apart = frame.assign(auroc_ci_low=frame["auroc"] - 0.004, auroc_ci_high=frame["auroc"] + 0.004)
-    assert "the principal features do better" in li.sentences(li.table2(apart, **CHOSEN))[0]
-    assert "is the logit up to constants" not in " ".join(li.sentences(all_tables()[0]))
+    assert "the principal features do better" in li_words.sentences(li.table2(apart, **CHOSEN))[0]
+    assert "is the logit up to constants" not in " ".join(li_words.sentences(all_tables()[0]))
     exact = paper_consistency()
     exact.loc[(exact["method"] == "hires") & (exact["scale"] == "common_raw"), "pearson"] = 1.0
     assert "The raw sum of Pixel-wise Grad is the logit up to constants" in " ".join(
-        li.sentences(li.table1(exact, **COMMON))
+        li_words.sentences(li.table1(exact, **COMMON))
     )
     drop = localisation_frame()
     drop.loc[(drop["metric"] == "average_drop") & (drop["features"] == "principal"), "value"] = 10.0
     assert (
         "average drop changes by -50.0 % on average; it improves in all 4 cells"
-        in li.sentences(li.table4(drop, **CHOSEN))[2]
+        in li_words.sentences(li.table4(drop, **CHOSEN))[2]
     )
 
 
@@ -433,13 +433,13 @@ def test_sentences_follow_the_numbers():
 
 
 def test_labels_say_what_is_not_the_papers():
-    assert li.scale_label(PHANTOM, "tanh", "pixels") == PHANTOM
-    assert li.scale_label(PHANTOM, "linear", "pixels") == f"{PHANTOM}; common scale: linear, from pixels"
+    assert li_words.scale_label(PHANTOM, "tanh", "pixels") == PHANTOM
+    assert li_words.scale_label(PHANTOM, "linear", "pixels") == f"{PHANTOM}; common scale: linear, from pixels"
     masks = np.zeros((40, 3), bool)
     masks[[0, 1], 0] = masks[[1, 2], 1] = masks[[5, 6], 2] = True
     text = "the top 5 % of a class's column of the importance matrix (2 of 40 features)"
-    assert li.selection_text(0.05, masks, 1) == text
-    assert li.selection_text(0.05, masks, 1, union=True) == f"the union over ten classes of {text}, 5 features"
+    assert li_words.selection_text(0.05, masks, 1) == text
+    assert li_words.selection_text(0.05, masks, 1, union=True) == f"the union over ten classes of {text}, 5 features"
 
 
 def test_a_table_is_printed_in_both_languages():
@@ -452,14 +452,14 @@ def test_the_feature_that_stands_out_is_the_classs_own():
     candidates = pd.DataFrame(
         {"class": ["a", "b", "b"], "feature": [1, 2, 3], "robust_z": [9.0, 3.0, 4.04], "selectivity": [1, 0.5, 0.25]}
     )
-    assert li.feature_text("b", candidates).startswith(
+    assert li_words.feature_text("b", candidates).startswith(
         "Feature 3 stands out most for b: robust z 4.0, selectivity 0.25"
     )
 
 
 def test_the_marker_is_found_only_where_the_test_says_so():
     found = Confounder(0.826, 0.71, 0.94, 0.049, "Pleural_Thickening", 0.777, 0.65, True)
-    text = li.marker_text("Pneumothorax", found, 0.0134)
+    text = li_words.marker_text("Pneumothorax", found, 0.0134)
     for part in (
         "Pneumothorax lies within 1.3% of the film",
         "**82.6%**",
@@ -468,9 +468,9 @@ def test_the_marker_is_found_only_where_the_test_says_so():
     ):
         assert part in text
     assert text.endswith("The difference is 77.7%, at the lower end of its interval 65.0%: the confounder is found.")
-    missed = li.marker_text("Pneumothorax", found._replace(excess_low=-0.01, found=False), 0.01)
+    missed = li_words.marker_text("Pneumothorax", found._replace(excess_low=-0.01, found=False), 0.01)
     assert missed.endswith("interval -1.0%: the confounder is not found.")
-    empty = li.marker_text("Pneumothorax", Confounder(*[np.nan] * 4, "a", np.nan, np.nan, False), 0.01)
+    empty = li_words.marker_text("Pneumothorax", Confounder(*[np.nan] * 4, "a", np.nan, np.nan, False), 0.01)
     assert "add nothing that covering it could take away: the confounder is not found." in empty and "nan" not in empty
 
 
@@ -486,7 +486,7 @@ def uses(classes=("Mass", "Nodule")) -> list[str]:
         ]
     )
     outliers = pd.DataFrame({"image": ["x.png", "y.png"], "class": ["Mass", "Nodule"], "distance": [0.58, 0.4]})
-    return li.use_sentences(classes[0], gap, curve, "A feature stands out.", pruned, losses, outliers)
+    return li_words.use_sentences(classes[0], gap, curve, "A feature stands out.", pruned, losses, outliers)
 
 
 def test_the_five_uses_in_words():
