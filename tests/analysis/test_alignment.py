@@ -1,12 +1,10 @@
 import copy
-from collections import OrderedDict
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.ndimage
 import torch
-from torch import nn
 
 from lib.analysis.alignment import align, pair_cams, summary
 from lib.analysis.dissection.concepts import concept_records, dissect
@@ -14,45 +12,22 @@ from lib.analysis.inference import Output, stream
 from lib.analysis.localization import METRICS, Metric
 from lib.analysis.pairs import box_pairs, with_other_boxes
 from lib.analysis.statistics import mean_interval, paired_difference
-from lib.data.batches import Batch
 from tests.analysis import reference_cam, reference_localization
 from tests.analysis.dissection import reference_dissection
+from tests.toys import batches, film_table, quartered
 
 SIZE, CLASSES = 40, ["Atelectasis", "Effusion", "Mass"]
 N = 17  # more films than dissect reads back at a time
 
 
-class Small(nn.Module):
-    """A classifier of 40 px films with 6 maps of 10 x 10, of which channel 5 is dead."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = nn.Sequential(
-            OrderedDict(
-                first=nn.Conv2d(3, 4, 5, stride=2, padding=2),
-                second=nn.Conv2d(4, 6, 3, stride=2, padding=1),
-                relu=nn.ReLU(inplace=True),
-            )
-        )
-        self.head = nn.Linear(6, len(CLASSES))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-            self.trunk.second.bias[5] = -1e3
-
-    def forward(self, films):
-        return self.head(self.trunk(films).mean((2, 3)))
-
-
 @pytest.fixture(scope="module")
 def study():
-    """Model, images, films (rows that are not 0..N-1), boxes in film pixels."""
+    """Model with maps of 10 x 10 whose channel 5 is dead, images, films (rows that are not 0..N-1), boxes in film
+    pixels."""
+    model = quartered(6, seed=0)
+    model.trunk.second.bias.data[5] = -1e3
     rng = np.random.default_rng(3)
-    films = pd.DataFrame(
-        {"image": [f"{i:08d}_000.png" for i in range(N)], "patient": [str(i // 2) for i in range(N)]},
-        index=rng.permutation(100)[:N],
-    )
+    films = film_table(rng, N, 100)
     rows = []
     for image in films["image"]:
         for name in rng.choice(
@@ -64,20 +39,12 @@ def study():
     boxes = pd.DataFrame(
         [*rows, ("unknown.png", "Mass", 1, 1, 9, 9)], columns=["image", "class", "x1", "y1", "x2", "y2"]
     )
-    return Small().eval(), torch.from_numpy(rng.normal(size=(N, 3, SIZE, SIZE)).astype(np.float32)), films, boxes
+    return model, torch.from_numpy(rng.normal(size=(N, 3, SIZE, SIZE)).astype(np.float32)), films, boxes
 
 
 def outputs(study, size=5, order=None, layers=("trunk",)):
     model, images, films, _ = study
-    order = np.arange(N) if order is None else order
-    return stream(
-        model,
-        [
-            Batch(films.index.to_numpy()[order[k : k + size]], images[order[k : k + size]], None)
-            for k in range(0, N, size)
-        ],
-        list(layers),
-    )
+    return stream(model, batches(images, size, order, films.index), list(layers))
 
 
 def shifted(given, bias):

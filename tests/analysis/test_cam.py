@@ -4,7 +4,6 @@ import torch
 from captum.attr import LayerGradCam
 from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from torch import nn
 
 from lib.analysis.cam import (
     METHODS,
@@ -16,35 +15,19 @@ from lib.analysis.cam import (
     resize,
 )
 from tests.analysis import reference_cam
-
-
-class Net(nn.Module):
-    def __init__(self, signed=False):
-        super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(8, 12, 3, padding=1),
-            nn.Identity() if signed else nn.ReLU(),
-        )
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, films):
-        return self.head(self.trunk(films).mean((2, 3)))
+from tests.toys import draw, seeded, two_convolutions
 
 
 @pytest.fixture
 def net():
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        net = Net().double().eval()
+    with seeded(3):
+        net = two_convolutions(signed=False).double().eval()
         films = torch.randn(3, 3, 20, 16, dtype=torch.float64)
     return net, films, net.trunk(films).detach()
 
 
 def features(shape=(3, 6, 4, 5), seed=0, signed=False, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    maps = torch.randn(shape, generator=generator, dtype=dtype)
+    maps = draw(shape, seed, dtype)
     return maps if signed else maps.relu()
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from lib.analysis.inference import Output, as_maps, is_pooled, predict, recorded, stream
 from lib.data.batches import Batch
+from tests.toys import batches, films
 
 
 def model(inplace=True):
@@ -32,15 +33,7 @@ def model(inplace=True):
 
 
 def images(n=11, side=12):
-    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1))
-
-
-def batches(films, size, order=None):
-    order = np.arange(len(films)) if order is None else np.asarray(order)
-    return [
-        Batch(order[start : start + size], films[order[start : start + size]], None)
-        for start in range(0, len(films), size)
-    ]
+    return films(n, side, dtype=torch.float32)
 
 
 def test_maps_are_those_before_an_inplace_relu():

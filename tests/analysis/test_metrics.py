@@ -21,20 +21,9 @@ from tests.analysis import reference_statistics as statistics_reference
 
 CLASSES = ["Effusion", "Mass", "No Finding"]
 AVERAGES = ["Average", "Average (2 findings)"]
-PLAN = [
-    "class",
-    "n_positive",
-    "n_negative",
-    "prevalence",
-    "auroc",
-    "auroc_ci_low",
-    "auroc_ci_high",
-    "ap",
-    "ap_ci_low",
-    "ap_ci_high",
-]
-PLAN += ["mean_probability", "mean_probability_ci_low", "mean_probability_ci_high"]
-PLAN += ["mean_probability_positives", "mean_probability_negatives", "brier", "ece"]
+PLAN = """class n_positive n_negative prevalence auroc auroc_ci_low auroc_ci_high ap ap_ci_low ap_ci_high
+    mean_probability mean_probability_ci_low mean_probability_ci_high mean_probability_positives
+    mean_probability_negatives brier ece""".split()
 
 
 def films(n=120, n_patients=40, seed=0):

@@ -11,69 +11,15 @@ from torchcam.methods import ISCAM, SSCAM, ScoreCAM
 from lib.analysis.cam import channel_contributions, class_activation_maps
 from lib.analysis.model_cams import GRADIENT_METHODS, METHODS, PERTURBATION_METHODS, model_cams, passes_per_film
 from tests.analysis import reference_cam
+from tests.toys import Tokens, Unpooled, seeded, two_convolutions
 
 GENERAL = [method for method in METHODS if method != "cam"]
 SMALL = {"smooth_gradpp": 3, "ss": 3, "is": 4}
 CUMULATIVE = [0.25, 0.75, 1.5, 2.5]
 
 
-class Net(nn.Module):
-    """`front` gives signed maps (B, 6, 4, 4), over which the next layer writes; the head is not linear in them, and not
-    pooled."""
-
-    def __init__(self):
-        super().__init__()
-        self.front = nn.Conv2d(3, 6, 3, stride=3)
-        self.relu = nn.ReLU(inplace=True)
-        self.tail = nn.Sequential(
-            nn.Conv2d(6, 5, 3, padding=1), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Flatten(), nn.Linear(80, 4)
-        )
-
-    def after(self, maps):
-        return self.tail(self.relu(maps.clone()))
-
-    def forward(self, films):
-        return self.tail(self.relu(self.front(films)))
-
-
-class Pooled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, films):
-        return self.head(self.trunk(films).mean((2, 3)))
-
-
-class Tokens(nn.Module):
-    """A class token and 3 x 4 patches; the class token reaches the logits, or with `pooled` the mean of the patches."""
-
-    def __init__(self, pooled=False):
-        super().__init__()
-        self.pooled = pooled
-        self.embed = nn.Conv2d(3, 8, 4, stride=4)
-        self.token = nn.Parameter(torch.randn(1, 1, 8))
-        self.first, self.last = (
-            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(2)
-        )
-        self.head = nn.Linear(8, 3)
-
-    def before(self, films):
-        patches = self.embed(films).flatten(2).transpose(1, 2)
-        return self.first(patches if self.pooled else torch.cat([self.token.expand(len(films), -1, -1), patches], 1))
-
-    def after(self, tokens):
-        tokens = self.last(tokens)
-        return self.head(tokens.mean(1) if self.pooled else tokens[:, 0])
-
-    def forward(self, films):
-        return self.after(self.before(films))
-
-
 def build(kind, *arguments, shape=(3, 3, 12, 12), dtype=torch.float64):
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
+    with seeded(5):
         return kind(*arguments).to(dtype).eval(), torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
@@ -99,7 +45,7 @@ def expected_map(net, film, c, method, seed=0, **options):
 
 @pytest.mark.parametrize("method", GENERAL)
 def test_equals_the_definition_at_any_layer(method):
-    net, films = build(Net)
+    net, films = build(Unpooled)
     with torch.no_grad():
         net.front.weight[4], net.front.bias[4] = 0, 0.7  # a constant channel
         net.front.weight[5], net.front.bias[5] = 0, 0  # a dead one
@@ -120,7 +66,7 @@ def test_equals_the_definition_at_any_layer(method):
 
 
 def test_options_of_the_smooth_and_integrated_methods():
-    net, films = build(Net)
+    net, films = build(Unpooled)
     riemann = model_cams(net, films, "front", [1], "is", samples=4, cumulative=False).maps[0, 0]
     np.testing.assert_allclose(
         riemann, expected_map(net, films[0], 1, "is", coefficients=[0.25, 0.5, 0.75, 1]), rtol=1e-9
@@ -135,7 +81,7 @@ def test_options_of_the_smooth_and_integrated_methods():
 
 @pytest.mark.parametrize("method, eps", [*((method, 0) for method in GRADIENT_METHODS[:-1]), ("gradpp", 1e-6)])
 def test_equals_the_closed_form_at_the_pooled_layer(method, eps):
-    net, films = build(Pooled)
+    net, films = build(two_convolutions)
     with torch.no_grad():
         net.trunk[2].weight[3], net.trunk[2].bias[3], net.head.weight[1, 2] = 0, 0, 0
     maps, weights = net.trunk(films).detach(), net.head.weight.detach()
@@ -153,7 +99,7 @@ def test_equals_the_closed_form_at_the_pooled_layer(method, eps):
     [("grad", GradCAM), ("gradpp", GradCAMPlusPlus), ("xgrad", XGradCAM), ("hires", HiResCAM), ("layer", LayerCAM)],
 )
 def test_agrees_with_pytorch_grad_cam(method, peer_class):
-    net, films = build(Net)
+    net, films = build(Unpooled)
     net.relu.inplace = net.tail[1].inplace = False  # its hooks would see maps that the ReLU has written over
     peer = peer_class(model=net, target_layers=[net.front])
     ours = model_cams(net, films, "front", None, method, eps=1e-6 if method == "gradpp" else 0).maps
@@ -173,7 +119,7 @@ def test_agrees_with_pytorch_grad_cam(method, peer_class):
 def test_agrees_with_torch_cam(method, peer_class):
     # It normalises before it resizes. Here both orders agree: each film pixel in the middle of 3 x 3 lies on a native
     # one.
-    net, films = build(Net)
+    net, films = build(Unpooled)
     net.relu.inplace = net.tail[1].inplace = False
     with torch.no_grad():
         net.tail[4].weight *= 20  # weights of the channels that differ
@@ -237,7 +183,7 @@ def test_cam_of_pooled_tokens_has_the_weights_of_the_head():
 
 @pytest.mark.parametrize("method", GENERAL)
 def test_batch_classes_and_chunks_do_not_matter(method):
-    net, films = build(Net)
+    net, films = build(Unpooled)
     options = {"method": method, "samples": SMALL.get(method)}
     whole = model_cams(net, films, "front", seed=[4, 5, 6], **options)
     for film in range(3):
@@ -255,7 +201,7 @@ def test_batch_classes_and_chunks_do_not_matter(method):
 
 @pytest.mark.parametrize("method", ["smooth_gradpp", "ss"])
 def test_noise_is_seeded(method):
-    net, films = build(Net)
+    net, films = build(Unpooled)
 
     def maps(seed):
         return model_cams(net, films, "front", [0], method, samples=3, seed=seed).maps
@@ -269,7 +215,9 @@ def test_noise_is_seeded(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_feature_masks(method):
-    net, films, layer, n = (*build(Pooled), "trunk", 12) if method == "cam" else (*build(Net), "front", 6)
+    net, films, layer, n = (
+        (*build(two_convolutions), "trunk", 12) if method == "cam" else (*build(Unpooled), "front", 6)
+    )
     options = {"method": method, "samples": SMALL.get(method)}
     whole = model_cams(net, films, layer, [3, 1], **options)
     mask = torch.zeros(2, n)
@@ -283,7 +231,7 @@ def test_feature_masks(method):
 
 
 def test_the_model_and_the_caller_are_left_alone():
-    net, films = build(Net)
+    net, films = build(Unpooled)
     expected = model_cams(net, films, "front", method="grad").maps
     assert (
         all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
@@ -308,9 +256,9 @@ def test_the_model_and_the_caller_are_left_alone():
 
 
 def test_small_gradients_do_not_underflow():
-    net, films = build(Net, dtype=torch.float32)
+    net, films = build(Unpooled, dtype=torch.float32)
     for method in ("gradpp", "smooth_gradpp"):
-        net, films = build(Net, dtype=torch.float32)
+        net, films = build(Unpooled, dtype=torch.float32)
         with torch.no_grad():
             net.tail[4].weight *= 1e-20
         ours = model_cams(net, films, "front", method=method, sigma=0, samples=1).maps
@@ -320,7 +268,7 @@ def test_small_gradients_do_not_underflow():
 
 
 def test_passes(monkeypatch):
-    net, films = build(Net)
+    net, films = build(Unpooled)
     seen = {"forward": 0, "backward": 0}
     net.front.register_forward_hook(
         lambda module, inputs, output: seen.__setitem__("forward", seen["forward"] + len(output))
@@ -343,7 +291,7 @@ def test_passes(monkeypatch):
 
 
 def test_progress_bar_counts_perturbed_films(capsys):
-    net, films = build(Net)
+    net, films = build(Unpooled)
     model_cams(net, films, "front", [0], "is", samples=2, progress=True)
     assert "36/36" in capsys.readouterr().err
     model_cams(net, films, "front", [0], "is", samples=2)
@@ -413,15 +361,10 @@ def test_maps_are_those_at_the_layer_even_if_written_over():
     torch.testing.assert_close(ours, expected)
 
 
-class Frozen(Pooled):
-    def forward(self, films):
-        with torch.no_grad():
-            maps = self.trunk(films)
-        return self.head(maps.mean((2, 3)))
-
-
 def test_a_layer_that_runs_without_gradients_is_named():
-    net, films = build(Frozen)
+    net, films = build(two_convolutions)
+    maps = torch.no_grad()(lambda films: net.trunk(films))
+    net.forward = lambda films: net.head(maps(films).mean((2, 3)))
     with pytest.raises(ValueError, match="have no gradient there"):
         model_cams(net, films, "trunk")
     assert model_cams(net, films, "trunk", [0], "score").maps.abs().max() > 0
@@ -458,7 +401,7 @@ def test_wrong_input_is_refused(layer, options, message):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_films_are_named(method):
-    net, films = build(Pooled)
+    net, films = build(two_convolutions)
     with pytest.raises(ValueError, match="there are no films to explain: the batch is empty"):
         model_cams(net, films[:0], "trunk", method=method)
 
@@ -502,12 +445,12 @@ def test_wrong_tokens_and_values_are_refused():
         model_cams(net, films, "first")
     with pytest.raises(ValueError, match="first gives 13 tokens: token_grid 3 x 3 takes 9"):
         model_cams(net, films, "first", token_grid=(3, 3))
-    net, films = build(Net)
+    net, films = build(Unpooled)
     films[1] = float("nan")
     for method in ("grad", "score"):
         with pytest.raises(ValueError, match="maps of layer front hold NaN .* film 1 of the batch, channel 0"):
             model_cams(net, films, "front", method=method)
     with pytest.raises(ValueError, match="film 0"), torch.no_grad():
-        films = build(Net)[1]
+        films = build(Unpooled)[1]
         net.front.bias[2] = float("inf")
         model_cams(net, films, "front")

@@ -22,7 +22,7 @@ from lib.data.batches import Batch, film_draws, gather_crops
 from lib.data.decoding import decode_film
 from lib.models import build_model, layers
 from tests.bench import analysis, features, relevance
-from tests.bench.analysis import seconds
+from tests.bench.timing import best_times, one_thread
 
 CLASSES = [f"class {k}" for k in range(15)]
 
@@ -61,16 +61,16 @@ def training_item(repeats=5):
         )
         np.ascontiguousarray(film[10:234, 20:244][:, ::-1])
 
-    own, other = seconds(ours, peer, repeats)
+    own, other = best_times([ours, peer], repeats)
     return result("training item, crop and flip", "decode 1024 px PNG", own / n, other)
 
 
 def store_build(repeats=5):
     """A film on its way into the store, beside decoding it and nothing else."""
     png = textured_film(1024)
-    own, other = seconds(
-        lambda: decode_film(png, 256), lambda: cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE), repeats
-    )
+    buffer = np.frombuffer(png, np.uint8)
+    functions = [lambda: decode_film(png, 256), lambda: cv2.imdecode(buffer, cv2.IMREAD_GRAYSCALE)]
+    own, other = best_times(functions, repeats)
     return result("store build, per film", "decode only", own, other)
 
 
@@ -101,7 +101,7 @@ def cams(backbone, repeats=2, n_films=4):
 
     rows = []
     for name, peer in (("captum LayerGradCam", captum), ("pytorch-grad-cam", grad_cam)):
-        own, other = seconds(ours, peer, repeats)
+        own, other = best_times([ours, peer], repeats)
         rows.append(result(f"CAM of all classes, {backbone}", name, own / (n_films * 15), other / (n_films * 15)))
     return rows
 
@@ -141,7 +141,7 @@ def whole_evaluation(backbone, repeats=2, n_films=24):
             for batch in batches:
                 model(batch.images)
 
-    own, other = seconds(ours, peer, repeats)
+    own, other = best_times([ours, peer], repeats)
     return result(
         f"evaluation + CAM + overlap + concepts, {backbone}",
         "forward only",
@@ -153,12 +153,11 @@ def whole_evaluation(backbone, repeats=2, n_films=24):
 
 def main():
     """Print the table."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    start, rows = time.perf_counter(), [training_item(), store_build()]
-    rows += [*analysis.rows(), *relevance.rows(), *features.rows()]
-    for backbone in ("tdensenet", "resnet50"):
-        rows += [*cams(backbone), whole_evaluation(backbone)]
+    start = time.perf_counter()
+    with one_thread():
+        rows = [training_item(), store_build(), *analysis.rows(), *relevance.rows(), *features.rows()]
+        for backbone in ("tdensenet", "resnet50"):
+            rows += [*cams(backbone), whole_evaluation(backbone)]
     table = pd.DataFrame(rows)[["row", "peer_name", "ratio"]].rename(columns={"peer_name": "peer"})
     print(table.to_string(index=False, float_format=lambda value: f"{value:.2f}" if value < 10 else f"{value:.0f}"))
     print(

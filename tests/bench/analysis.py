@@ -6,8 +6,6 @@ better. Both sides run in turns on one thread; processor time counts, the best o
 machine only ever slows a run down.
 """
 
-import time
-
 import cv2
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from lib.analysis.cam import normalise
 from lib.analysis.dissection.components import count_concepts
 from lib.analysis.dissection.quantile import StreamingQuantile
 from lib.analysis.localization import box_mask, soft_overlap
+from tests.bench.timing import best_times, rates, show
 
 IMAGE_SIZE = 224
 CHANNELS = {28: 512, 14: 1024, 7: 2048}
@@ -36,18 +35,6 @@ def film_boxes(n_films, seed=0):
         corner = generator.uniform(0, 150, (generator.integers(1, 3), 2))
         boxes.append(np.concatenate([corner, corner + generator.uniform(20, 70, corner.shape)], axis=1))
     return boxes
-
-
-def seconds(ours, peer, repeats):
-    """Best time of each of the two functions, run in turns after one warm-up of ours (compilation)."""
-    ours()
-    best = [np.inf, np.inf]
-    for _ in range(repeats):
-        for which, function in enumerate((ours, peer)):
-            start = time.process_time()
-            function()
-            best[which] = min(best[which], time.process_time() - start)
-    return best
 
 
 def components(side, resolution, *, n_films=8, peer_films=1, q=0.01, repeats=3):
@@ -73,7 +60,7 @@ def components(side, resolution, *, n_films=8, peer_films=1, q=0.01, repeats=3):
             for channel in masks:
                 cv2.findContours(channel, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
 
-    time_ours, time_peer = seconds(ours, peer, repeats)
+    time_ours, time_peer = best_times([ours, peer], repeats)
     rate, peer_rate = n_films * channels / time_ours, peer_films * channels / time_peer
     where = "native" if resolution == "native" else f"at {IMAGE_SIZE}"
     return {
@@ -97,7 +84,7 @@ def streaming_quantile(*, n_films=440, channels=128, side=28, q=0.01, batch=16, 
             stream.update(maps[start : start + batch])
         stream.result()
 
-    time_ours, time_peer = seconds(ours, lambda: torch.quantile(by_channel, 1 - q, dim=1), repeats)
+    time_ours, time_peer = best_times([ours, lambda: torch.quantile(by_channel, 1 - q, dim=1)], repeats)
     return {
         "row": f"exact quantile of {n_films} x {channels} x {side * side} (s)",
         "peer_name": "torch.quantile, all maps in memory",
@@ -127,37 +114,20 @@ def overlap(side=28, *, n_pairs=984, repeats=3):
             rows.append((float(inside / mask.sum()), float(inside / full.sum())))
         found["peer"] = np.array(rows)
 
-    time_ours, time_peer = seconds(ours, peer, repeats)
-    return {
-        "row": f"soft overlap {side}x{side} (pairs/s)",
-        "peer_name": "resize + sum",
-        "ours": n_pairs / time_ours,
-        "peer": n_pairs / time_peer,
-        "ratio": time_peer / time_ours,
-        "largest_difference": float(np.abs(found["ours"] - found["peer"]).max()),
-    }
+    time_ours, time_peer = best_times([ours, peer], repeats)
+    difference = float(np.abs(found["ours"] - found["peer"]).max())
+    row = f"soft overlap {side}x{side} (pairs/s)"
+    return rates(row, "resize + sum", n_pairs, time_ours, time_peer, largest_difference=difference)
 
 
 def rows():
     """All rows of this file, about a minute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    try:
-        for resolution in ("native", "image"):
-            for side in CHANNELS:
-                yield components(side, resolution)
-        yield streaming_quantile()
-        yield overlap()
-    finally:
-        torch.set_num_threads(threads)
-        cv2.setNumThreads(-1)
+    for resolution in ("native", "image"):
+        for side in CHANNELS:
+            yield components(side, resolution)
+    yield streaming_quantile()
+    yield overlap()
 
 
 if __name__ == "__main__":
-    for entry in rows():
-        extra = f"  largest difference {entry['largest_difference']:.1e}" if "largest_difference" in entry else ""
-        print(
-            f"{entry['row']:<45} ours {entry['ours']:>12.4g}  peer {entry['peer']:>10.4g}  ratio {entry['ratio']:>7.1f}"
-            f"  ({entry['peer_name']}){extra}"
-        )
+    show(rows())

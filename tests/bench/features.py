@@ -1,6 +1,4 @@
-"""Speed of the integrated feature analysis against the way it is usually done; rows and ratios as in bench_analysis."""
-
-import time
+"""Speed of the integrated feature analysis against the way it is usually done; rows and ratios as in analysis."""
 
 import numpy as np
 import torch
@@ -11,21 +9,10 @@ from lib.analysis.features.scale import ActivationDistribution
 from lib.analysis.inference import stream
 from lib.data.batches import Batch
 from lib.models import build_model, layers
+from tests.bench.timing import best_times, rates, show
 
 N_CLASSES = 15
 IMAGE_SIZE = 224
-
-
-def best_times(functions, repeats):
-    """Best processor time of each function, run in turns after one warm-up of the first."""
-    functions[0]()
-    best = [np.inf] * len(functions)
-    for _ in range(repeats):
-        for which, function in enumerate(functions):
-            start = time.process_time()
-            function()
-            best[which] = min(best[which], time.process_time() - start)
-    return best
 
 
 def importance(backbone="tdensenet", *, n_films=2, backward_classes=3, repeats=2):
@@ -91,14 +78,9 @@ def importance(backbone="tdensenet", *, n_films=2, backward_classes=3, repeats=2
         (f"forward, gradient to the layer for each of {N_CLASSES}", gradient),
         ("plain forward", plain),
     ):
-        yield {
-            "row": f"importance matrix, {backbone} (films/s)",
-            "peer_name": peer_name,
-            "ours": n_films / own,
-            "peer": n_films / peer,
-            "ratio": peer / own,
-            "largest_difference": float(np.abs(found["ours"] - found["peer"]).max() / scale),
-        }
+        difference = float(np.abs(found["ours"] - found["peer"]).max() / scale)
+        row = f"importance matrix, {backbone} (films/s)"
+        yield rates(row, peer_name, n_films, own, peer, largest_difference=difference)
 
 
 def matrix_alone(*, n_films=8, features=512, side=28, repeats=5):
@@ -118,13 +100,8 @@ def matrix_alone(*, n_films=8, features=512, side=28, repeats=5):
             (maps * row[:, None, None]).sum((2, 3)).mean(0)
 
     own, other = best_times([ours, peer], repeats)
-    return {
-        "row": f"importance matrix of {features} x {side} x {side} maps (films/s)",
-        "peer_name": "weight and sum the maps, class by class",
-        "ours": n_films / own,
-        "peer": n_films / other,
-        "ratio": other / own,
-    }
+    row = f"importance matrix of {features} x {side} x {side} maps (films/s)"
+    return rates(row, "weight and sum the maps, class by class", n_films, own, other)
 
 
 def distribution(*, n_films=32, batch=8, repeats=2):
@@ -146,32 +123,17 @@ def distribution(*, n_films=32, batch=8, repeats=2):
         found["peer"] = np.percentile(full.swapaxes(0, 1).reshape(N_CLASSES, -1), [10, 90], axis=1)
 
     own, other = best_times([ours, peer], repeats)
-    return {
-        "row": f"P10 and P90 of {N_CLASSES} classes at {IMAGE_SIZE} (films/s)",
-        "peer_name": "all pixels in memory, numpy.percentile",
-        "ours": n_films / own,
-        "peer": n_films / other,
-        "ratio": other / own,
-        "largest_difference": float(np.abs(found["ours"] / found["peer"] - 1).max()),
-    }
+    difference = float(np.abs(found["ours"] / found["peer"] - 1).max())
+    row = f"P10 and P90 of {N_CLASSES} classes at {IMAGE_SIZE} (films/s)"
+    return rates(row, "all pixels in memory, numpy.percentile", n_films, own, other, largest_difference=difference)
 
 
 def rows():
     """All rows of this file, about a minute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield from importance()
-        yield matrix_alone()
-        yield distribution()
-    finally:
-        torch.set_num_threads(threads)
+    yield from importance()
+    yield matrix_alone()
+    yield distribution()
 
 
 if __name__ == "__main__":
-    for entry in rows():
-        extra = f"  largest difference {entry['largest_difference']:.1e}" if "largest_difference" in entry else ""
-        print(
-            f"{entry['row']:<48} ours {entry['ours']:>10.4g}  peer {entry['peer']:>10.4g}  ratio {entry['ratio']:>7.2f}"
-            f"  ({entry['peer_name']}){extra}"
-        )
+    show(rows())

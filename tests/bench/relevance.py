@@ -1,5 +1,5 @@
-"""Speed of relevance maps at 224 px: LRP against zennit film by film, LRP and RAP in forward passes. See bench_analysis
-for the columns.
+"""Speed of relevance maps at 224 px: LRP against zennit film by film, LRP and RAP in forward passes. See analysis for
+the columns.
 
 Ours is with its checks. A forward pass is the model's own, in float32 without gradients, on the same batch; the other
 side of such a row is not measured: 13 forward passes are zennit's LRP of one film, 27 RAP's by its authors' code. On
@@ -22,7 +22,7 @@ from zennit.torchvision import ResNetCanonizer
 
 from lib.analysis.relevance.heatmaps import heatmaps
 from lib.models import build_model
-from tests.bench.analysis import seconds
+from tests.bench.timing import best_times, rates, show
 
 PEERS = {"lrp": (13, "zennit's 13 on ResNet50"), "rap": (27, "the authors' 27 on ResNet50")}
 
@@ -59,14 +59,10 @@ def zennit_lrp(model, films, classes):
 def lrp_against_zennit(*, n_films=4, repeats=3):
     model = torchvision.models.resnet50(num_classes=2).eval()
     films, classes = batch(n_films)
-    ours, peer = seconds(lambda: heatmaps(model, films, classes), lambda: zennit_lrp(model, films, classes), repeats)
-    return {
-        "row": "LRP, ResNet50 (films/s)",
-        "peer_name": "zennit film by film",
-        "ours": n_films / ours,
-        "peer": n_films / peer,
-        "ratio": peer / ours,
-    }
+    ours, peer = best_times(
+        [lambda: heatmaps(model, films, classes), lambda: zennit_lrp(model, films, classes)], repeats
+    )
+    return rates("LRP, ResNet50 (films/s)", "zennit film by film", n_films, ours, peer)
 
 
 def forwards(backbone, method, *, n_films=4, repeats=3):
@@ -80,7 +76,7 @@ def forwards(backbone, method, *, n_films=4, repeats=3):
         with torch.no_grad():
             model(films)
 
-    ours, once = seconds(lambda: heatmaps(model, films, classes, method), forward, repeats)
+    ours, once = best_times([lambda: heatmaps(model, films, classes, method), forward], repeats)
     passes, name = PEERS[method]
     return {
         "row": f"{method.upper()}, {backbone} (forward passes)",
@@ -128,22 +124,12 @@ def memory():
 
 def rows():
     """All rows of this file, a minute or two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield lrp_against_zennit()
-        for backbone in ("resnet50", "tdensenet"):
-            for method in PEERS:
-                yield forwards(backbone, method)
-        yield from memory()
-    finally:
-        torch.set_num_threads(threads)
+    yield lrp_against_zennit()
+    for backbone in ("resnet50", "tdensenet"):
+        for method in PEERS:
+            yield forwards(backbone, method)
+    yield from memory()
 
 
 if __name__ == "__main__":
-    for entry in rows():
-        print(
-            f"{entry['row']:<45} ours {entry['ours']:>12.4g}  peer {entry['peer']:>10.4g}  ratio {entry['ratio']:>7.1f}"
-            f"  ({entry['peer_name']})",
-            flush=True,
-        )
+    show(rows())

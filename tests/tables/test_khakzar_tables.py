@@ -1,11 +1,10 @@
-import re
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from lib import tables
 from lib.tables import layout
+from tests.tables.latex import latex_problems
 
 PHANTOM = "Simulated phantom films, not patients"
 INTERVAL = "percentile bootstrap over patients, 2000 replicates"
@@ -155,38 +154,6 @@ def test_other_losses_and_backbones_are_appended():
         and r"\begin{tabular}{lcccccccccccc}" in text
     )
     assert "3 seeds a run" in text
-
-
-def latex_problems(text: str) -> list[str]:
-    """Braces, environments, unescaped specials and the width of every row, read independently of how the table was
-    written."""
-    problems, depth = [], 0
-    for character in re.sub(r"\\[{}%&_#$]", "", text):
-        depth += (character == "{") - (character == "}")
-        if depth < 0:
-            problems.append("brace closed that was not open")
-    if depth:
-        problems.append("brace left open")
-    stack = []
-    for kind, name in re.findall(r"\\(begin|end)\{([^}]*)\}", text):
-        if kind == "begin":
-            stack.append(name)
-        elif not stack or stack.pop() != name:
-            problems.append(f"environment {name}")
-    width = len(re.search(r"\\begin\{tabular\}\{([lcr]+)\}", text)[1])
-    for line in text.splitlines():
-        if line.endswith(r"\\"):
-            cells = re.split(r"(?<!\\)&", line)
-            if (
-                sum(int(span[1]) if (span := re.search(r"\\multicolumn\{(\d+)\}", cell)) else 1 for cell in cells)
-                != width
-            ):
-                problems.append(line)
-    if re.search(r"(?<!\\)[%_#$]", re.sub(r"\\label\{[^}]*\}|\\begin\{[^}]*\}", "", text)):
-        problems.append("unescaped special character")
-    if not text.isascii():
-        problems.append("not ASCII")
-    return problems + stack
 
 
 @pytest.mark.parametrize("drop", [0, 5, 31])

@@ -6,7 +6,7 @@ import pytest
 
 from lib import tables
 from lib.tables import nam_lee
-from tests.tables.test_khakzar_tables import latex_problems
+from tests.tables.latex import latex_problems
 
 PHANTOM = "Simulated phantom films, not patients"
 INTERVAL = "percentile bootstrap over patients, 2000 replicates"

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.analysis.features import reference_features as reference
-from tests.analysis.features.toys import METHODS, study
+from tests.analysis.features.small_study import METHODS, study
 
 
 @pytest.fixture(scope="module", params=["pooled", "deep", "tokens"])

@@ -15,7 +15,8 @@ from lib.analysis.features.survey import survey
 from lib.analysis.statistics import patient_replicates
 from tests.analysis.features import reference_features
 from tests.analysis.features import reference_integrated as reference
-from tests.analysis.features.toys import CLASSES, METHODS, ROWS, TARGETS, Bare, N, close, draw, principal, view
+from tests.analysis.features.small_study import CLASSES, METHODS, ROWS, TARGETS, N, close, principal, view
+from tests.toys import bare, draw
 
 
 def pairs(n=60):
@@ -250,7 +251,7 @@ def test_correlations_that_do_not_exist():
 def test_maps_of_zeros_do_not_stop_the_table():
     weights = torch.tensor([[-1.0, -2.0, -1.0], [1.0, 2.0, -1.0]])
     case = SimpleNamespace(
-        model=Bare(weights), films=torch.rand(N, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        model=bare(weights), films=torch.rand(N, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     )
     found = survey(view(case, layer="trunk", targets=TARGETS[:, :2], classes=CLASSES[:2]), ROWS, ["gradpp"], size=4)
     scales = found.scales()  # no weight of class 0 is positive

@@ -9,7 +9,7 @@ from lib.analysis.features import findings
 from lib.analysis.features.survey import survey
 from lib.analysis.statistics import patient_replicates
 from tests.analysis.features import reference_integrated
-from tests.analysis.features.toys import CLASSES, ROWS, N, close, planted, view
+from tests.analysis.features.small_study import CLASSES, ROWS, N, close, planted, view
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -20,7 +20,7 @@ from lib.analysis.features.importance import (
     train_test_difference,
 )
 from tests.analysis.features import reference_integrated as reference
-from tests.analysis.features.toys import draw
+from tests.toys import draw
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,27 +14,13 @@ from lib.analysis.features.masking import increase_and_drop, masked_films, maske
 from lib.analysis.features.survey import GRADIENT
 from tests.analysis.features import reference_features
 from tests.analysis.features import reference_integrated as reference
-from tests.analysis.features.toys import METHODS, ROWS, Bare, N, close, draw, principal, study, view
-
-
-class Net(nn.Module):
-    """A layer in the middle, a rectifier that works in place after it, tokens, and a pooled linear head."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.middle, self.act = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True)
-        self.tokens, self.head, self.unused = nn.Linear(6, 5), nn.Linear(5, 3), nn.Identity()
-
-    def forward(self, films):
-        maps = self.act(self.middle(self.first(films)))
-        return self.head(self.tokens(maps.flatten(2).transpose(1, 2)).mean(1))
+from tests.analysis.features.small_study import METHODS, ROWS, N, close, principal, study, view
+from tests.toys import MapsThenTokens, bare, draw, make
 
 
 @pytest.fixture(scope="module")
 def net():
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return Net().double().eval()
+    return make(MapsThenTokens)
 
 
 @torch.no_grad()
@@ -44,8 +31,7 @@ def test_masked_layer_continues_the_forward_pass(net):
         with masked_layer(net, layer, np.ones(n, dtype=bool), axis):
             torch.testing.assert_close(net(films), logits, rtol=0, atol=0)
     keep = np.array([0, 1, 0, 0, 1, 0])
-    other = Net().double().eval()
-    other.load_state_dict(net.state_dict())
+    other = copy.deepcopy(net)
     other.middle.weight[keep == 0] = 0
     other.middle.bias[keep == 0] = 0
     with masked_layer(net, "middle", keep):
@@ -220,7 +206,7 @@ def test_masked_performance_is_that_of_the_logits(n_classes, exclusive):
     targets = np.zeros((40, n_classes), int)
     targets[ROWS] = np.eye(3, dtype=int)[[0, 1, 2, 0, 2, 1, 2]][:, :n_classes]
     films = torch.randn(N, 8, 3, 3, generator=torch.Generator().manual_seed(n_classes))
-    case = SimpleNamespace(model=Bare(torch.tensor(generator.normal(size=(n_classes, 8)))), films=films)
+    case = SimpleNamespace(model=bare(torch.tensor(generator.normal(size=(n_classes, 8)))), films=films)
     choices = {"all": np.ones((n_classes, 8)), "principal": np.arange(8) < 3}
     names, patients, selected = ["a", "b", "c"][:n_classes], np.arange(N) // 2, n_classes - 1
     seen = view(case, layer="trunk", targets=targets, classes=names)

@@ -8,7 +8,8 @@ from lib.analysis.features import scale
 from lib.analysis.features.scale import ActivationDistribution, linear_scale, s_cam, scaled, tanh_scale
 from lib.analysis.features.survey import survey
 from tests.analysis.features import reference_integrated as reference
-from tests.analysis.features.toys import CLASSES, ROWS, Bare, draw, view
+from tests.analysis.features.small_study import CLASSES, ROWS, view
+from tests.toys import bare, draw
 
 
 def streamed(raw, size=None, batch=3, classes=None):
@@ -145,7 +146,7 @@ def test_a_second_pass_that_rounds_otherwise_gives_its_own_percentiles():
 def test_a_small_spread_on_a_large_offset_has_its_exact_scale(spread, again):
     films = 1 + spread * draw((7, 2, 8, 8), 8, torch.float32)
     films[:, 1] = -0.7
-    case = SimpleNamespace(model=Bare(torch.eye(2)), films=films)
+    case = SimpleNamespace(model=bare(torch.eye(2)), films=films)
     targets = np.ones((40, 2))
     found = survey(
         view(case, 4, layer="trunk", targets=targets, classes=CLASSES[:2]), ROWS, ["cam"], size=11, keep=not again
@@ -207,7 +208,7 @@ def test_scaled_maps_keep_negative_evidence_and_order_matters():
 def test_a_class_without_variation_has_no_scale_and_the_others_have():
     maps = draw((7, 3, 4, 4), 0, torch.float32)
     maps[:, 1] = -0.3
-    case = SimpleNamespace(model=Bare(torch.eye(3)), films=maps)
+    case = SimpleNamespace(model=bare(torch.eye(3)), films=maps)
     found = survey(view(case, layer="trunk", targets=np.ones((40, 3))), ROWS, ["cam"], size=4)
     for kind, curve, ends in (("tanh", np.tanh, (0.1, 0.9)), ("linear", lambda values: values, (0, 1))):
         for bounds in ("pixels", "image_extremes"):

@@ -11,7 +11,18 @@ from lib.analysis.features import consistency, findings, masking, survey
 from lib.analysis.features.importance import Importance
 from lib.analysis.model_cams import model_cams
 from tests.analysis.features import reference_features, reference_integrated
-from tests.analysis.features.toys import CLASSES, METHODS, ROWS, TARGETS, N, close, planted, principal, study, view
+from tests.analysis.features.small_study import (
+    CLASSES,
+    METHODS,
+    ROWS,
+    TARGETS,
+    N,
+    close,
+    planted,
+    principal,
+    study,
+    view,
+)
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -1,11 +1,17 @@
 """LRP and RAP from the equations, one film at a time in float64: every layer a dense matrix filled by loops, no
 gradients, no hooks.
 
-A network is a list of (name, kind, inputs, parameters); a value is a flat vector with a shape. `explain` runs it
-forward and hands relevance back from the last layer to the film.
+A network is a list of (name, kind, inputs, parameters), written down by hand for each toy network; a value is a flat
+vector with a shape. `explain` runs it forward and hands relevance back from the last layer to the film.
 """
 
+from functools import partial
+
 import numpy as np
+import torch
+from torch import nn
+
+from tests.toys import Dense, Residual, VggLike
 
 
 def conv_matrix(weight, shape, stride, padding, groups=1):
@@ -198,3 +204,96 @@ def explain(network, film, target, method, init="logit", first_layer="zb", negat
         else:
             relevance[inputs[0]] += r
     return relevance["film"], values[top]
+
+
+def network_of(net, merge):
+    """The toy network as a list; with `merge` a convolution knows the scale of the BatchNorm that follows."""
+    steps = {VggLike: vgg_like, Residual: residual, Dense: dense}[type(net)](net)
+    return [(*step, {key: value for key, value in given.items() if key != "scale" or merge}) for *step, given in steps]
+
+
+def vgg_like(net):
+    f, c = net.features, net.classifier
+    return [
+        ("c1", "conv", ["film"], weighted(f[0])),
+        ("r1", "relu", ["c1"], {}),
+        ("p1", "max", ["r1"], {"size": 2, "stride": 2, "padding": 0}),
+        ("c2", "conv", ["p1"], weighted(f[3])),
+        ("r2", "relu", ["c2"], {}),
+        ("p2", "average", ["r2"], {"size": 2}),
+        ("l1", "linear", ["p2"], weighted(c[0])),
+        ("r3", "relu", ["l1"], {}),
+        ("l2", "linear", ["r3"], weighted(c[3])),
+    ]
+
+
+def block(net, name, source):
+    n = partial("{}.{}".format, name)
+    steps = [
+        (n("c1"), "conv", [source], weighted(net.conv1, net.bn1)),
+        (n("b1"), "norm", [n("c1")], norm(net.bn1)),
+        (n("r1"), "relu", [n("b1")], {}),
+        (n("c2"), "conv", [n("r1")], weighted(net.conv2, net.bn2)),
+        (n("b2"), "norm", [n("c2")], norm(net.bn2)),
+    ]
+    other = source
+    if net.downsample is not None:
+        steps += [
+            (n("cd"), "conv", [source], weighted(*net.downsample)),
+            (n("bd"), "norm", [n("cd")], norm(net.downsample[1])),
+        ]
+        other = n("bd")
+    return [*steps, (n("add"), "add", [n("b2"), other], {}), (n("out"), "relu", [n("add")], {})]
+
+
+def residual(net):
+    return [
+        ("c", "conv", ["film"], weighted(net.conv1, net.bn1)),
+        ("b", "norm", ["c"], norm(net.bn1)),
+        ("r", "relu", ["b"], {}),
+        ("p", "max", ["r"], {"size": 3, "stride": 2, "padding": 1}),
+        *block(net.layer1, "1", "p"),
+        *block(net.layer2, "2", "1.out"),
+        ("gap", "average", ["2.out"], {"size": None}),
+        ("head", "linear", ["gap"], weighted(net.head)),
+    ]
+
+
+def dense(net):
+    return [
+        ("c0", "conv", ["film"], weighted(net.conv0)),
+        ("r0", "relu", ["c0"], {}),
+        ("n1", "norm", ["r0"], norm(net.norm1)),
+        ("r1", "relu", ["n1"], {}),
+        ("c1", "conv", ["r1"], weighted(net.conv1, net.norm2)),
+        ("n2", "norm", ["c1"], norm(net.norm2)),
+        ("r2", "relu", ["n2"], {}),
+        ("c2", "conv", ["r2"], weighted(net.conv2)),
+        ("cat", "cat", ["r0", "c2"], {}),
+        ("nt", "norm", ["cat"], norm(net.norm)),
+        ("rt", "relu", ["nt"], {}),
+        ("ct", "conv+pool", ["rt"], {**weighted(net.conv), "pool": 2}),
+        ("n5", "norm", ["ct"], norm(net.norm5)),
+        ("r5", "relu", ["n5"], {}),
+        ("gap", "average", ["r5"], {"size": None}),
+        ("head", "linear", ["gap"], weighted(net.classifier)),
+    ]
+
+
+def weighted(layer, following=None):
+    out = {name: tensor.detach().numpy() for name, tensor in layer.named_parameters()}
+    if isinstance(layer, nn.Conv2d):
+        out |= {"stride": layer.stride[0], "padding": layer.padding[0], "groups": layer.groups}
+    if following is not None:
+        out["scale"] = (following.weight / torch.sqrt(following.running_var + following.eps)).detach().numpy()
+    return out
+
+
+def norm(layer):
+    return {
+        "weight": layer.weight.detach().numpy(),
+        "bias": layer.bias.detach().numpy(),
+        "mean": layer.running_mean.numpy(),
+        "var": layer.running_var.numpy(),
+        "eps": layer.eps,
+    }

@@ -1,37 +1,12 @@
-"""A small study for relevance: a classifier, made-up relevance, batches, and each pair's map computed alone."""
-
-from collections import OrderedDict
+"""A small study for relevance: made-up relevance, its films in batches, and each pair's map computed alone."""
 
 import numpy as np
 import torch
-from torch import nn
 
-from lib.data.batches import Batch
+from tests import toys
 from tests.analysis import reference_cam, reference_localization
 
 SIZE, CLASSES, N = 24, ["Atelectasis", "Effusion", "Mass"], 9
-
-
-class Small(nn.Module):
-    """A classifier of 24 px films with 4 maps of 6 x 6."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = nn.Sequential(
-            OrderedDict(
-                first=nn.Conv2d(3, 4, 5, stride=2, padding=2),
-                second=nn.Conv2d(4, 4, 3, stride=2, padding=1),
-                relu=nn.ReLU(),
-            )
-        )
-        self.head = nn.Linear(4, len(CLASSES))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-    def forward(self, films):
-        return self.head(self.trunk(films).mean((2, 3)))
 
 
 def made_up(model, films, classes, method="lrp", *, init="one"):
@@ -43,9 +18,7 @@ def made_up(model, films, classes, method="lrp", *, init="one"):
 
 def batches(study, size=4, order=None):
     _, images, films, *_ = study
-    order = np.arange(N) if order is None else order
-    for k in range(0, N, size):
-        yield Batch(torch.from_numpy(films.index.to_numpy()[order[k : k + size]]), images[order[k : k + size]], None)
+    return toys.batches(images, size, order, films.index)
 
 
 def slow_map(study, pair, method, init="one"):

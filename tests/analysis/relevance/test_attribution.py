@@ -21,6 +21,8 @@ from tests.analysis import reference_localization
 from tests.analysis.relevance.small_study import CLASSES, SIZE, N, batches, made_up, slow_map
 
 THRESHOLDS = (0.1, 0.3, 0.5)
+COLUMNS = """image patient class method threshold iou_lesion iou_background mean_iou empty_mask_iou box_area mask_area
+    logit stable layer cam_method rounding init""".split()
 
 
 def unit(signed):
@@ -35,25 +37,7 @@ def unit(signed):
 def test_ious_equal_a_loop_over_pairs(study, options):
     model, *_, pairs, _ = study
     table = attribute(model, batches(study), pairs, layer="trunk", image_size=SIZE, thresholds=THRESHOLDS, **options)
-    assert list(table.columns) == [
-        "image",
-        "patient",
-        "class",
-        "method",
-        "threshold",
-        "iou_lesion",
-        "iou_background",
-        "mean_iou",
-        "empty_mask_iou",
-        "box_area",
-        "mask_area",
-        "logit",
-        "stable",
-        "layer",
-        "cam_method",
-        "rounding",
-        "init",
-    ]
+    assert list(table.columns) == COLUMNS
     keys = [
         (p.image, p[4], method, t) for p in pairs.itertuples() for method in ("cam", "lrp", "rap") for t in THRESHOLDS
     ]

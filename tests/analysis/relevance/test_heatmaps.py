@@ -20,7 +20,7 @@ from lib.analysis.relevance.heatmaps import conservation, heatmaps
 from lib.analysis.relevance.rules import RelevanceError, ZPlus
 from lib.models import build_model
 from tests.analysis.relevance import reference_relevance
-from tests.analysis.relevance.toys import Dense, Residual, VggLike, films, make, network_of
+from tests.toys import Dense, Residual, VggLike, films, make
 
 NETS = [VggLike, partial(VggLike, 1), Residual, Dense]
 CLASSES = torch.tensor([2, 0, 1])
@@ -45,7 +45,7 @@ def test_equals_the_equations(build, method, options):
     x = films(channels=next(net.parameters()).shape[1])
     ours = heatmaps(net, x, CLASSES, method, **options)
     assert ours.shape == (3, 8, 8) and not ours.requires_grad and ours.dtype == torch.float64
-    network = network_of(net, options.get("batchnorm") == "merge")
+    network = reference_relevance.network_of(net, options.get("batchnorm") == "merge")
     known = {key: value for key, value in options.items() if key != "batchnorm"}
     for film in range(3):
         expected, logits = reference_relevance.explain(
@@ -110,10 +110,19 @@ def torchvision_net(name, **options):
     return lambda: getattr(torchvision.models, name)(num_classes=4, **options)
 
 
+def vgg11():
+    """With fewer hidden units, which take most of its time and show nothing more."""
+    net = torchvision_net("vgg11", init_weights=False)()
+    net.classifier[0], net.classifier[3], net.classifier[6] = (
+        nn.Linear(*sizes) for sizes in ((512 * 49, 256), (256, 256), (256, 4))
+    )
+    return net
+
+
 # Float32, as in use. DenseNet and the project's own models write parts of forward as functions; timm's residual sum is
 # one, too.
 REAL = {
-    "vgg11": torchvision_net("vgg11", init_weights=False),
+    "vgg11": vgg11,
     "resnet18": torchvision_net("resnet18"),
     "densenet121": torchvision_net("densenet121"),
     "timm resnet10t": lambda: timm.create_model("resnet10t", num_classes=4),
@@ -274,6 +283,15 @@ def test_neurons_driven_by_their_bias_alone():
     assert conservation(net, -x, zero, "rap", **options).set_index("layer").dropped["2"] == pytest.approx(1)
 
 
+def flags(net):
+    """What an explanation sets or hangs on a layer, of every layer."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return [
+        (layer.training, getattr(layer, "inplace", None), *(len(getattr(layer, name)) for name in hooks))
+        for layer in net.modules()
+    ]
+
+
 def test_the_model_is_left_as_it_was():
     net = make(Residual)
     expected = heatmaps(net, films(), CLASSES, "rap")
@@ -282,34 +300,16 @@ def test_the_model_is_left_as_it_was():
     seen = []
     net.layer1.bn2.register_forward_hook(lambda layer, inputs, output: seen.append(output))
     net.conv1.weight.requires_grad_(False)
-    flags = [
-        (
-            layer.training,
-            getattr(layer, "inplace", None),
-            len(layer._forward_hooks),
-            len(layer._forward_pre_hooks),
-            len(layer._backward_hooks),
-        )
-        for layer in net.modules()
-    ]
-    before = copy.deepcopy(net.state_dict())
+    before = flags(net)
+    state = copy.deepcopy(net.state_dict())
     x = films()
     copied = x.clone()
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             inside = films() if mode is torch.inference_mode else x
             torch.testing.assert_close(heatmaps(net, inside, CLASSES, "rap"), expected, rtol=0, atol=0)
-    assert flags == [
-        (
-            layer.training,
-            getattr(layer, "inplace", None),
-            len(layer._forward_hooks),
-            len(layer._forward_pre_hooks),
-            len(layer._backward_hooks),
-        )
-        for layer in net.modules()
-    ]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert flags(net) == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters()) and not net.conv1.weight.requires_grad
     assert torch.equal(x, copied) and x.grad is None
     net.lstm = nn.LSTM(2, 2)  # unused: no obstacle

@@ -12,7 +12,7 @@ from lib.analysis.relevance import rules
 from lib.analysis.relevance.heatmaps import STABLE, conservation, heatmaps
 from lib.analysis.relevance.rules import RelevanceError
 from lib.models import build_model
-from tests.analysis.relevance.toys import Residual, VggLike, films, make
+from tests.toys import Residual, VggLike, films, make
 
 NETS = {name: lambda name=name: build_model(name, 4) for name in ("resnet50", "vgg16", "tdensenet", "densenet121")}
 NETS["torchvision resnet18"] = lambda: torchvision.models.resnet18(num_classes=4)
