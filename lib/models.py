@@ -14,6 +14,10 @@ import torch
 from torch import nn
 
 
+class ModelError(RuntimeError, ValueError):
+    """A backbone that does not exist, or weights that cannot be had or do not fit; the message says what to do."""
+
+
 class Classifier(nn.Module):
     """`trunk` maps films (B, 3, S, S) to feature maps (B, F, h, w); their spatial mean goes through the linear `head`
     to M logits.
@@ -49,7 +53,7 @@ class SmallTransformer(nn.Module):
         """Feature maps (B, 64, 8, 8) of films (B, 3, 32, 32); ValueError for films of another size."""
         tokens = self.patches(films).flatten(2).transpose(1, 2)
         if tokens.shape[1] != self.positions.shape[1]:
-            raise ValueError(
+            raise ModelError(
                 f"small_transformer takes films of 32 x 32 px, these are {tuple(films.shape[2:])}: set image_size: 32"
             )
         tokens = tokens + self.positions
@@ -162,7 +166,7 @@ def check_backbone(backbone: str) -> None:
 
         if not timm.is_model(backbone):
             near = difflib.get_close_matches(backbone, dict.fromkeys([*BACKBONES, *timm.list_models()]), n=5)
-            raise ValueError(
+            raise ModelError(
                 f"backbone {backbone!r} is neither one of {sorted(BACKBONES)} nor a timm model"
                 + (f"; near it: {', '.join(near)}" if near else "")
             )
@@ -174,7 +178,7 @@ def _trunk(backbone: str, pretrained: bool) -> tuple[nn.Module, int]:
         if backbone in BACKBONES:
             make, weights, *_ = BACKBONES[backbone]
             if pretrained and not weights:
-                raise ValueError(f"{backbone} has no ImageNet weights: set init: scratch")
+                raise ModelError(f"{backbone} has no ImageNet weights: set init: scratch")
             return make(weights if pretrained else None)
 
         import timm
@@ -183,7 +187,7 @@ def _trunk(backbone: str, pretrained: bool) -> tuple[nn.Module, int]:
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
-        raise RuntimeError(
+        raise ModelError(
             f"the ImageNet weights of {backbone} could not be downloaded ({error}). Either download them elsewhere "
             "and set init to that local file (.pth or .safetensors), or set init: scratch to train from random weights"
         ) from error
@@ -191,7 +195,7 @@ def _trunk(backbone: str, pretrained: bool) -> tuple[nn.Module, int]:
         maps = network.eval()(torch.zeros(1, 3, 224, 224))
     # Windowed transformers put the channels last.
     if maps.ndim != 4 or getattr(network, "output_fmt", "NCHW") != "NCHW":
-        raise ValueError(
+        raise ModelError(
             f"backbone {backbone!r} gives features of shape {tuple(maps.shape)}, not maps (1, F, h, w): choose a "
             "convolutional model"
         )
@@ -200,7 +204,7 @@ def _trunk(backbone: str, pretrained: bool) -> tuple[nn.Module, int]:
 
 def _load_trunk(trunk: nn.Module, path: str, backbone: str) -> None:
     if not Path(path).is_file():
-        raise RuntimeError(f"no weights file at {path}: init takes imagenet, scratch, or the path of a file")
+        raise ModelError(f"no weights file at {path}: init takes imagenet, scratch, or the path of a file")
     state = read_weights(path)
     if any(name.startswith("trunk.") for name in state):
         state = {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
@@ -220,7 +224,7 @@ def _load_trunk(trunk: nn.Module, path: str, backbone: str) -> None:
         shapes = f"{tuple(state[other[0]].shape)} instead of {tuple(wanted[other[0]].shape)}"
         faults += [f"{len(other)} have another shape, the first is {other[0]} {shapes}"]
     if faults:
-        raise RuntimeError(f"{path} does not hold weights of {backbone}: {'; '.join(faults)}")
+        raise ModelError(f"{path} does not hold weights of {backbone}: {'; '.join(faults)}")
     trunk.load_state_dict({name: state[name] for name in fits}, strict=False)
 
 
@@ -243,7 +247,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise RuntimeError(f"no weights file at {path}")
+        raise ModelError(f"no weights file at {path}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -251,15 +255,15 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own text advises to trust the file
-        raise RuntimeError(
+        raise ModelError(
             f"{path} is not a readable weights file: it is damaged, or holds more than tensors, which could run code. "
             "Save model.state_dict() and nothing else"
         ) from None
     except Exception as error:  # safetensors and pickle raise types of their own
-        raise RuntimeError(f"{path} is not a readable weights file ({type(error).__name__}: {error})") from error
+        raise ModelError(f"{path} is not a readable weights file ({type(error).__name__}: {error})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
-        raise RuntimeError(f"{path} holds no dictionary of tensors: save model.state_dict()")
+        raise ModelError(f"{path} holds no dictionary of tensors: save model.state_dict()")
     return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
 
 
@@ -335,7 +339,7 @@ def _require_same(wanted: Mapping, state: Mapping, path: str | Path, what: str) 
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differing:
         name = differing[0]
-        raise RuntimeError(
+        raise ModelError(
             f"{path} is not {what}: {len(differing)} tensors differ, the first is {name} "
             f"(file: {found.get(name, 'absent')}, model: {wanted.get(name, 'absent')})"
         )

@@ -45,7 +45,7 @@ FREE = {"json_schema_extra": {"free": True}}
 class Data(_Keys):
     """Which films, and what the models see of them."""
 
-    release: Literal[tuple(RELEASES)] = Field("phantom", description=", ".join(RELEASES))
+    release: Literal[tuple(RELEASES)] = Field("phantom", description="phantom, phantom_rsna, nih, rsna, digits")
     data_root: str = Field("", description="folder of the release; empty: the study's own, for what it makes", **FREE)
     skip_bad_films: bool = Field(
         False, description="go on without missing or unreadable films (they are listed)", **FREE
@@ -103,7 +103,7 @@ class Analysis(_Keys):
     checkpoint: Literal["best", "last"] = Field("best", description="best validation AUROC, or the last epoch")
     n_replicates: int = Field(300, ge=0, description="bootstrap replicates over patients; 0: no intervals")
     annotated: Literal["test", "all"] = Field("test", description="which films with boxes are analysed")
-    cam_method: Literal[tuple(CAM_METHODS)] = Field("cam", description=", ".join(CAM_METHODS))
+    cam_method: Literal[tuple(CAM_METHODS)] = Field("cam", description="cam, grad, gradpp, xgrad, hires, layer")
     cam_layer: str = Field(
         "", description="module whose maps CAM reads; empty: the backbone's own, which the head pools"
     )
@@ -159,7 +159,8 @@ class Study(Analysis, Loss, Training, Data):
     @model_validator(mode="before")
     @classmethod
     def _init_follows_the_release(cls, values):
-        source = RELEASES.get(values.get("release", "phantom"))
+        release = values.get("release", "phantom")
+        source = RELEASES.get(release) if isinstance(release, str) else None
         return {**values, "init": source.init} if values.get("init") is None and source else values
 
     @field_validator("runs", "attribution", "features")
@@ -275,7 +276,7 @@ class Run(Study):
     backbone: str = Field(
         "tdensenet", min_length=1, description="tdensenet, resnet50, densenet121, vgg16, or any timm name"
     )
-    loss: Literal[tuple(LOSSES)] = Field("focal", description=", ".join(LOSSES))
+    loss: Literal[tuple(LOSSES)] = Field("focal", description="bce, wbce, focal, cb_focal, or one of your own")
     seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, order and augmentation")
 
     @model_validator(mode="after")
@@ -381,18 +382,20 @@ def load(path):
     return values
 
 
+def overlaid(said: dict, given: dict) -> dict:
+    """What is `given` on top of what a file says; where fewer runs are given, fewer are left to look at."""
+    lists = {key: said[key] for key in ("attribution", "features") if key in said and "runs" in given}
+    fewer = {key: [run for run in runs if run in given["runs"]] for key, runs in lists.items()}
+    return {**said, **fewer, **given}
+
+
 def load_study(name, **overrides):
     """The validated `Study` of params/studies/<name>.yaml, and each of its runs validated with it.
 
     `overrides` are keys given on the command line, which win over the file.
     """
     path = ROOT / "params" / "studies" / f"{name}.yaml"
-    values = {**load(path), **overrides}
-    if "runs" in overrides:  # fewer runs leave fewer to look at
-        fewer = {
-            key: [run for run in values.get(key, []) if run in values["runs"]] for key in ("attribution", "features")
-        }
-        values |= fewer
+    values = overlaid(load(path), overrides)
     study = Study.build(values, f"params/studies/{name}.yaml")
     if study.study != name:
         raise ParameterError(f"{path}: its key study says {study.study!r}; it must be the file's own name")

@@ -15,6 +15,10 @@ from matplotlib.figure import Figure
 from lib.params import Study
 
 
+class RecordError(FileNotFoundError):
+    """Results that other steps have not made yet; the message names the runs and the notebooks."""
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success flush it to disk and move it into place, on failure
@@ -107,7 +111,7 @@ def read_runs(study: Study, name: str) -> pd.DataFrame:
     runs = study.every_run
     missing = [str(run.run_folder.relative_to(study.folder)) for run in runs if not (run.run_folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise RecordError(
             f"{name} is missing in {', '.join(missing)} of {study.folder}: run notebooks 01 to 04 of these first"
         )
     return pd.concat(

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis.alignment import pair_cams
-from lib.analysis.inference import Output, stream
+from lib.analysis.inference import LensError, Output, stream
 from lib.analysis.pairs import box_pairs
 from lib.analysis.relevance.rules import RelevanceError
 from lib.data import RELEASES, open_data
@@ -23,12 +23,25 @@ from lib.data.nih import read_names
 from lib.data.release import UNHEALTHY, ReleaseError, film_boxes, task_boxes, task_targets
 from lib.data.store import StoreError
 from lib.devices import DeviceError, choose_device
-from lib.models import CHEXNET_CLASSES, Classifier, check_backbone, layers, load_chexnet, load_model, select_output
-from lib.params import ROOT, Analysis, ParameterError, Run, Study, load, nearest
-from lib.state import TrainingError, is_trained, require_trained
+from lib.models import (
+    CHEXNET_CLASSES,
+    Classifier,
+    ModelError,
+    check_backbone,
+    layers,
+    load_chexnet,
+    load_model,
+    select_output,
+)
+from lib.params import ROOT, Analysis, ParameterError, Run, Study, load, nearest, overlaid
+from lib.records import RecordError
+from lib.state import TrainingError, is_trained, labels_digest, require_trained
 
 # What is refused with a sentence of its own. A notebook shows that sentence, and no traceback above it.
-REFUSALS = (ParameterError, ReleaseError, StoreError, DeviceError, TrainingError, RelevanceError)
+REFUSALS = (
+    *(ParameterError, ReleaseError, StoreError, RecordError),
+    *(DeviceError, ModelError, TrainingError, LensError, RelevanceError),
+)
 
 
 # ---- opening
@@ -56,15 +69,11 @@ def open_run(given: Mapping, *, trained: bool = True, chexnet: bool = False) -> 
         The run is not trained, or was trained with other parameters.
     """
     run, changed = _parameters(given, Run)
+    check_backbone(run.backbone)
     if chexnet and run.chexnet:
         return CheXNet(run, OpenStudy(run, changed))
     if trained:
         require_trained(run)
-    else:
-        try:
-            check_backbone(run.backbone)
-        except ValueError as error:
-            raise ParameterError(str(error)) from None
     return Subject(run, OpenStudy(run, changed))
 
 
@@ -82,6 +91,9 @@ def _parameters(given, model):
         for key, value in given.items()
         if not key.startswith("_") and key not in shell and not callable(value) and not isinstance(value, ModuleType)
     }
+    # A kernel keeps the names of its first opening: at a second one, what is no key of a study may be a result.
+    if known := given.get("_parameters"):
+        values = {key: value for key, value in values.items() if key in known or key in model.model_fields}
     results = [
         key for key, value in values.items() if not isinstance(value, (str, int, float, list, tuple, dict, type(None)))
     ]
@@ -90,13 +102,14 @@ def _parameters(given, model):
             f"{', '.join(results[:3])}: no plain values, so this kernel has run the notebook before and parameters "
             "cannot be told from results. Restart the kernel and run all cells"
         )
+    given["_parameters"] = set(values)
     values = {key: value for key, value in values.items() if value is not None}
     name = values.get("study", model.model_fields["study"].default)
     folder = ROOT / "params" / "studies"
     if (folder / f"{name}.yaml").is_file():
         said = load(folder / f"{name}.yaml")
     elif "release" in values:  # a study of the command line alone: nothing says otherwise
-        said = values
+        said = {key: value for key, value in values.items() if key not in Analysis.model_fields}
     else:
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         raise ParameterError(
@@ -108,7 +121,7 @@ def _parameters(given, model):
         run = "-".join(str({**default, **said, **values}[key]) for key in ("task", "backbone", "loss"))
         own = ROOT / "params" / "runs" / f"{run}.yaml"
         said = {**said, **load(own)} if own.is_file() else said
-    parameters = model.build({**said, **values})
+    parameters = model.build(overlaid(said, values))
     return parameters, {key for key, value in values.items() if value != said.get(key, default[key])}
 
 
@@ -210,9 +223,15 @@ class OpenStudy:
             maps[:, column], probabilities[:, column] = pair_cams(outputs, pairs, subject.model.head, **options)
         return pairs, maps, probabilities
 
+    def beside(self, folder: Path) -> Path:
+        """`folder`; where options of a lens differ from the study's, a folder there that is named by them."""
+        lens = Analysis.model_fields.keys() - {"chexnet", "chexnet_train_list", "chexnet_val_list"}  # has its own
+        changed = sorted(self.changed & lens)
+        return folder / "-".join(_said(self.study, key) for key in changed) if changed else folder
+
     def path(self, name: str) -> Path:
-        """Where a result of the whole study goes."""
-        return self.study.folder / name
+        """Where a result of the whole study goes; of a lens with other options see `beside`."""
+        return self.beside(self.study.folder) / name
 
     def _repr_markdown_(self):
         study = self.study
@@ -249,13 +268,7 @@ class Subject:
         self.name, self.task = run.name, run.task
         self.label, self.interval, self.exact = data.label, data.interval, data.exact
         self.device = choose_device(run.device)
-        lens = Analysis.model_fields.keys() - {
-            "chexnet",
-            "chexnet_train_list",
-            "chexnet_val_list",
-        }  # has its own folder
-        changed = sorted(data.changed & lens)
-        self.folder = run.run_folder.joinpath(*["-".join(_said(run, key) for key in changed)] if changed else [])
+        self.folder = data.beside(run.run_folder)
 
     release = property(lambda self: self.data.release)
     store = property(lambda self: self.data.store)
@@ -277,7 +290,12 @@ class Subject:
 
     @cached_property
     def model(self) -> Classifier:
-        require_trained(self.run)
+        record = require_trained(self.run)
+        if labels_digest(self.films) != record["identity"]["labels"]:
+            raise TrainingError(
+                f"{self.run.run_folder}: trained with other films, labels or splits than {self.release.root} has. Run "
+                "01_train with these films first, in a study of their own"
+            )
         return load_model(self.run.weights_path, self.run.backbone, self.run.n_outputs).to(self.device)
 
     @cached_property
@@ -340,6 +358,8 @@ class Subject:
             batches = f"{run.epochs} epochs of batches of {run.batch_size} at {run.image_size} px"
             what = f"to be trained, {batches}, from init {run.init}"
         differs = _differences(run, self.data.changed)
+        beside = self.data.beside(Path())
+        differs += f" Results go to `{beside}/`." if beside != Path() else ""
         return f"**{self.name}**, seed {run.seed}, study {run.study}: {what}. {self.label}.{differs}"
 
     @property
@@ -355,12 +375,17 @@ class CheXNet(Subject):
 
     def __init__(self, run: Run, data: OpenStudy):
         super().__init__(run, data)
-        self.name, self.task, self.folder = "CheXNet", "multilabel", run.folder / "chexnet"
+        self.name, self.task, self.folder = "CheXNet", "multilabel", data.beside(run.folder / "chexnet")
         self.layer = layers("densenet121")[0]
 
     @cached_property
     def model(self) -> Classifier:
         return load_chexnet(self.run.chexnet_files["chexnet"]).to(self.device)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Of its own classes, in its order."""
+        return self.release.targets[:, [self.release.classes.index(name) for name in self.classes]]
 
     @cached_property
     def pneumonia(self) -> Classifier:

@@ -123,10 +123,11 @@ def finish(run: Run, record: dict, history: list[dict]) -> pd.DataFrame:
     return _publish(run, record, history)
 
 
-def finished_history(run: Run, identity: Mapping) -> pd.DataFrame | None:
+def finished_history(run: Run, identity: Mapping, *, publish: bool = True) -> pd.DataFrame | None:
     """The rows of training.csv if `run` is finished with this very identity, else None.
 
-    What has been removed since, or was not reached by a process that was killed while it finished, is done again.
+    What has been removed since, or was not reached by a process that was killed while it finished, is done again; of
+    several processes only one may `publish` that.
     """
     record, history, *weights = (run.run_folder / name for name in RESULTS)
     kept = run.run_folder / "state" / FINISHED
@@ -138,9 +139,12 @@ def finished_history(run: Run, identity: Mapping) -> pd.DataFrame | None:
         known = {"record": records.read_json(record), "history": records.read_table(history).to_dict("records")}
     else:
         return None
-    if known["record"]["status"] != "finished" or differences(recorded_identity(known["record"]), identity):
+    changed = differences(recorded_identity(known["record"]), identity)
+    if known["record"]["status"] == "finished" and changed and publish:
+        print(f"{run.name} seed {run.seed}: was finished with other parameters ({changed}) and is replaced", flush=True)
+    if known["record"]["status"] != "finished" or changed:
         return None
-    return _publish(run, **known)
+    return _publish(run, **known) if publish else pd.DataFrame(known["history"])
 
 
 def _publish(run, record, history):
@@ -152,6 +156,12 @@ def _publish(run, record, history):
     for path in [*_generations(run.run_folder / "state"), *_half_written(run.run_folder)]:
         path.unlink()
     return records.read_table(paths[1])
+
+
+def labels_digest(films: pd.DataFrame) -> str:
+    """Of which films there are, whose they are, on which side of the split and with which labels."""
+    text = films[["image", "patient", "split", "labels"]].to_csv(index=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def digest(path: Path) -> str:

@@ -5,7 +5,6 @@ every epoch the whole state is written (`lib.state`). Order, augmentation and dr
 epoch) alone, so an epoch that was cut short is run again with the same result.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -44,6 +43,7 @@ from lib.state import (
     finish,
     finished_history,
     is_trained,
+    labels_digest,
     latest_state,
     write_state,
 )
@@ -184,10 +184,9 @@ def _fit(run, model, init, device, rank, world):
     rows = {split: store.rows(split) for split in ("train", "val", "test")}
     n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
     criterion = make_loss(run.loss, n_positive, len(rows["train"]) - n_positive, run)
-    labels = release.films[["image", "patient", "split", "labels"]].to_csv(index=False).encode()
     identity = run.identity | {
         "films": store.fingerprint,
-        "labels": hashlib.sha256(labels).hexdigest()[:16],
+        "labels": labels_digest(release.films),
         "initial_weights": digest(init) if run.init_path else init,
     }
     code = {name: digest(Path(__file__).parent / name) for name in CODE}
@@ -207,7 +206,7 @@ def _fit(run, model, init, device, rank, world):
         **environment(),
     }
 
-    history = finished_history(run, identity)
+    history = finished_history(run, identity, publish=rank == 0)
     if history is not None:
         _say(rank, f"{run.name} seed {run.seed}: already trained, {len(history)} epochs")
         _say_of_code(records.read_json(run.run_folder / "run.json").get("code", code), code, run, run.run_folder, rank)

@@ -5,7 +5,7 @@ import statistics
 import nbformat
 import pytest
 
-from lib.params import ROOT, Run, load_study
+from lib.params import ROOT, Run, Study, load_study
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMED = {"study": "demo", "task": "multilabel", "backbone": "tdensenet", "loss": "focal", "seed": 0}
@@ -64,6 +64,15 @@ def test_a_run_is_opened_through_the_one_door_and_shown(path):
     assert not [
         node for node in trees(path) if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith(".release")
     ]
+
+
+def test_no_result_is_called_like_a_parameter(path):
+    """In JupyterLab the first cells are run again with other parameters, and results must not pass for them."""
+    keys = (Study if path.stem[:2] in OF_STUDIES else Run).model_fields
+    nodes = trees(path)
+    scoped = {id(name) for node in nodes if isinstance(node, ast.comprehension) for name in ast.walk(node.target)}
+    stored = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    assert not {node.id for node in stored if id(node) not in scoped} & keys.keys()
 
 
 def test_holds_no_results(path):

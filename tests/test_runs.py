@@ -6,13 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import save_file
 
 from lib import params, records
 from lib.data.release import CLASSES
-from lib.models import build_model
+from lib.models import ModelError, build_model
 from lib.params import ROOT, ParameterError, Run, Study, load
 from lib.runs import OpenStudy, Subject, open_run, open_study
-from lib.state import TrainingError, is_trained, require_trained
+from lib.state import TrainingError, is_trained, labels_digest, require_trained
 
 SMALL = {"image_size": 32, "validation_fraction": 0.3, "init": "scratch", "epochs": 2, "device": "cpu"}
 
@@ -42,15 +43,13 @@ def study(small_phantom, tmp_path, monkeypatch):
 
 def train(run):
     """Leave what a finished run leaves, with random weights."""
-    from safetensors.torch import save_file
-
     run.run_folder.mkdir(parents=True)
     model = build_model(run.backbone, run.n_outputs, "scratch", run.seed)
     for name in ("model.safetensors", "model_last.safetensors"):
         save_file(model.state_dict(), run.run_folder / name)
-    records.write_json(
-        {"status": "finished", "parameters": run.model_dump(), "identity": run.identity}, run.run_folder / "run.json"
-    )
+    identity = run.identity | {"labels": labels_digest(OpenStudy(run).films)}
+    record = {"status": "finished", "parameters": run.model_dump(), "identity": identity}
+    records.write_json(record, run.run_folder / "run.json")
     return run
 
 
@@ -109,10 +108,21 @@ def test_a_study_that_does_not_exist_must_say_what_it_is(study):
 
 
 def test_a_wrong_backbone_is_named_before_any_film_is_read(study):
-    with pytest.raises(ParameterError, match="backbone 'resnet55' is neither") as error:
+    with pytest.raises(ModelError, match="backbone 'resnet55' is neither") as error:
         open_run({"study": study("mine"), "backbone": "resnet55"}, trained=False)
     near = str(error.value).split("near it: ")[1].split(", ")
     assert "resnet50" in near and len(near) == len(set(near))
+
+
+def test_a_kernel_opens_again_with_other_parameters(study):
+    """In JupyterLab: a value of the parameters cell is changed, or a key added, and the first cells are run again."""
+    given = {"study": study("mine"), "n_replicates": None}
+    subject = open_run(given, trained=False)
+    given |= {"subject": subject, "table": np.zeros(2), "name": "a result", "n_replicates": 7, "connectivity": 4}
+    again = open_run(given, trained=False)
+    assert (again.run.n_replicates, again.run.connectivity) == (7, 4)
+    with pytest.raises(ParameterError, match="loss: .*did you mean focal"):
+        open_run(given | {"loss": "fokal"}, trained=False)
 
 
 def test_a_kernel_that_has_run_the_notebook_before_says_so(study):
@@ -150,6 +160,17 @@ def test_other_weights_than_the_parameters_are_refused(study):
     open_run({"study": name, "device": "cpu", "n_replicates": 3, "skip_bad_films": True})  # none of these makes weights
 
 
+def test_films_with_other_labels_than_the_weights_were_trained_with_are_refused(study, small_phantom, tmp_path):
+    """Only the release differs, so no parameter tells."""
+    name = study("mine")
+    train(open_run({"study": name}, trained=False).run)
+    release = shutil.copytree(small_phantom, tmp_path / "release")
+    table = release / "Data_Entry_2017.csv"
+    table.write_text(table.read_text().replace(",No Finding,", ",Edema,", 1))
+    with pytest.raises(TrainingError, match="trained with other films, labels or splits than .*release has"):
+        assert open_run({"study": name, "data_root": str(release)}).model
+
+
 def test_a_record_that_knows_less_had_the_defaults(study):
     run = train(open_run({"study": study("mine")}, trained=False).run)
     path = run.run_folder / "run.json"
@@ -173,7 +194,22 @@ def test_another_lens_writes_beside_and_never_replaces(study):
     )
     several = open_run({"study": name, "cam_method": "hires", "token_grid": [2, 3], "cam_layer": "a/../b"})
     assert several.path("x").parent.name == "cam_layer=a_.._b-cam_method=hires-token_grid=2x3"
-    assert several.path("x").parent.parent == run.run_folder
+    assert (
+        several.path("x").parent.parent == run.run_folder and "Results go to `cam_layer=" in several._repr_markdown_()
+    )
+    assert open_study({"study": name, "n_replicates": 5}).path("tables/x").parts[-3:] == (
+        "n_replicates=5",
+        "tables",
+        "x",
+    )
+    alone = {"study": "alone", "release": "phantom", "cam_method": "hires"}  # without a file: what it is is no option
+    assert open_run(alone, trained=False).folder.name == "cam_method=hires"
+
+
+def test_fewer_runs_leave_fewer_to_look_at(study):
+    runs = ["multilabel-tdensenet-focal", "binary-tdensenet-focal"]
+    opened = open_study({"study": study("mine", runs=runs, features=runs), "runs": runs[:1]})
+    assert opened.study.features == runs[:1]
 
 
 def test_the_runs_of_every_loss_side_by_side(study):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lib.analysis import cam
-from lib.analysis.inference import Output, is_pooled, layer_maps
+from lib.analysis.inference import LensError, Output, is_pooled, layer_maps
 from lib.analysis.localization import METRICS, soft_overlap
 from lib.analysis.statistics import mean_interval, paired_difference
 
@@ -56,7 +56,7 @@ def align(
         No pairs, or a layer that is not the one the head pools.
     """
     if not len(pairs):
-        raise ValueError(
+        raise LensError(
             "no annotated film: the release has no boxes of these classes on the chosen films (see "
             "BBox_List_2017.csv and `annotated`)"
         )
@@ -131,12 +131,12 @@ def pooled_maps(output: Output, layer: str, head: nn.Linear) -> torch.Tensor:
     """The maps of `layer` in `output`, after the check that the `head` pools them."""
     maps = layer_maps(output, layer)
     if maps.shape[1] != head.in_features:
-        raise ValueError(
+        raise LensError(
             f"layer {layer} has {maps.shape[1]} channels and the head {head.in_features}: CAM reads the layer that "
             "the head pools"
         )
     if not is_pooled(output, layer, head):
-        raise ValueError(f"layer {layer} is not the one that the head pools: its maps do not give the logits")
+        raise LensError(f"layer {layer} is not the one that the head pools: its maps do not give the logits")
     return maps
 
 

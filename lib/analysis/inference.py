@@ -8,6 +8,10 @@ import torch
 from torch import nn
 
 
+class LensError(ValueError):
+    """A lens cannot look where it is asked to; the message names the layer, class or film and the way out."""
+
+
 @dataclass(frozen=True)
 class Output:
     """Of one batch: `rows` int64 (B,), `logits` float32 (B, M) and `maps`, a dictionary of layer name to float32 (B, F,
@@ -59,14 +63,14 @@ def named_module(model, name):
         known = [other for other in modules if other and other.rpartition(".")[0] == parent] or list(
             dict(model.named_children())
         )
-        raise ValueError(f"the model has no module {name!r}; there are {', '.join(known)}")
+        raise LensError(f"the model has no module {name!r}; there are {', '.join(known)}")
     return modules[name]
 
 
 def check_is_tensor(output, layer):
     """ValueError where a layer gives something else than one tensor, such as the tuple of an attention layer."""
     if not isinstance(output, torch.Tensor):
-        raise ValueError(
+        raise LensError(
             f"layer {layer} gives a {type(output).__name__}, not a tensor of maps: name a module inside or after it"
         )
 
@@ -99,7 +103,7 @@ def stream(model, batches, layers=(), token_grid=()):
                 logits = model(batch.images).float()
                 unseen = [name for name in layers if name not in maps]
                 if unseen:
-                    raise ValueError(
+                    raise LensError(
                         f"layer {unseen[0]} did not run in the forward pass, so it has no maps: name another module"
                     )
                 output = Output(
@@ -111,7 +115,7 @@ def stream(model, batches, layers=(), token_grid=()):
 def layer_maps(output: Output, layer: str) -> torch.Tensor:
     """The maps of `layer` in `output`; ValueError where they were not asked for."""
     if layer not in output.maps:
-        raise ValueError(
+        raise LensError(
             f"the outputs hold no maps of {layer!r}; there are {', '.join(output.maps) or 'none'}: ask `stream` for "
             "this layer"
         )
@@ -138,13 +142,13 @@ def as_maps(output, layer, token_grid=()):
     """
     shape = tuple(output.shape)
     if output.ndim not in (3, 4):
-        raise ValueError(f"layer {layer} gives {shape}, neither maps (B, F, h, w) nor tokens (B, T, D)")
+        raise LensError(f"layer {layer} gives {shape}, neither maps (B, F, h, w) nor tokens (B, T, D)")
     if output.ndim == 4:
         if token_grid:
-            raise ValueError(f"layer {layer} gives maps {shape}: token_grid is for tokens (B, T, D)")
+            raise LensError(f"layer {layer} gives maps {shape}: token_grid is for tokens (B, T, D)")
         return output
     if not token_grid or len(token_grid) != 2:
-        raise ValueError(
+        raise LensError(
             f"layer {layer} gives tokens {shape}: say how they lie on the film with token_grid: [rows, columns], "
             "with rows x columns = "
             f"{shape[1]}, or {shape[1] - 1} if the first is a class token"
@@ -152,7 +156,7 @@ def as_maps(output, layer, token_grid=()):
     rows, columns = token_grid
     extra = shape[1] - rows * columns
     if extra not in (0, 1):
-        raise ValueError(
+        raise LensError(
             f"layer {layer} gives {shape[1]} tokens: token_grid {rows} x {columns} takes {rows * columns}, or one "
             "more, the class's"
         )

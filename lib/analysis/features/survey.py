@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lib.analysis import cam
 from lib.analysis.features.importance import Importance, ImportanceMatrix
 from lib.analysis.features.scale import ActivationDistribution, common_scale, s_cam
-from lib.analysis.inference import Output, is_pooled, stream
+from lib.analysis.inference import LensError, Output, is_pooled, stream
 from lib.analysis.model_cams import GRADIENT_METHODS, Cams, model_cams, passes_per_film
 
 ALL = {"all": None}
@@ -299,9 +299,9 @@ def selected_output(name: str, classes: Sequence[str], targets: Mapping[str, np.
         No such class, or a split without a film of it.
     """
     if name not in classes:
-        raise ValueError(f"there is no class {name!r} to look at; feature_class must be one of {', '.join(classes)}")
+        raise LensError(f"there is no class {name!r} to look at; feature_class must be one of {', '.join(classes)}")
     selected = list(classes).index(name)
     for split, labels in targets.items():
         if not labels[:, selected].any():
-            raise ValueError(f"no {split} film has {name}: choose another class with feature_class")
+            raise LensError(f"no {split} film has {name}: choose another class with feature_class")
     return selected
