@@ -292,6 +292,24 @@ def test_a_finished_run_returns_at_once(new_run, uninterrupted, monkeypatch, cap
     assert differences(uninterrupted, run.run_folder) == []
 
 
+def test_a_finished_run_that_is_replaced_says_so(new_run, uninterrupted, capsys):
+    run = new_run(epochs=1)
+    shutil.copytree(uninterrupted, run.run_folder)
+    training.fit(run)
+    assert "was finished with other parameters (epochs: 3 -> 1) and is replaced" in capsys.readouterr().out
+
+
+def test_of_several_processes_one_publishes_what_is_finished(new_run, uninterrupted):
+    run = new_run()
+    shutil.copytree(uninterrupted, run.run_folder)
+    identity = records.read_json(run.run_folder / "run.json")["identity"]
+    for name in ("run.json", "training.csv"):
+        (run.run_folder / name).unlink()
+    history = finished_history(run, identity, publish=False)
+    assert list(history["epoch"]) == [1, 2, 3] and not (run.run_folder / "run.json").exists()
+    assert finished_history(run, identity).equals(pd.read_csv(run.run_folder / "training.csv"))
+
+
 def test_a_run_without_its_weights_is_trained_again(new_run, uninterrupted, capsys):
     run = new_run()
     shutil.copytree(uninterrupted, run.run_folder)
