@@ -178,10 +178,8 @@ class OpenStudy:
         film; see the functions of `data.phantom.films`."""
         from lib.data.phantom import films
 
-        read = {"lesions": films.read_lesion_masks, "lungs": films.read_lung_mask, "marker": films.read_marker_mask}[
-            what
-        ]
-        return [read(self.study.release_folder, image) for image in self.films.loc[rows, "image"]]
+        read = {"lesions": films.read_lesion_masks, "lungs": films.read_lung_mask, "marker": films.read_marker_mask}
+        return [read[what](self.study.release_folder, image) for image in self.films.loc[rows, "image"]]
 
     def subject(self, run: Run | str) -> "Subject":
         """A run of this study on the films that are open already; by name with the first seed."""
@@ -209,11 +207,9 @@ class OpenStudy:
             loss: self.subject(name) for loss in losses if (name := f"{task}-{backbone}-{loss}") in self.study.runs
         }
         one = next(iter(subjects.values()))
-        wanted = (
-            images[["image", "class"]]
-            if len(one.classes) > 1
-            else images[["image"]].assign(**{"class": one.classes[0]})
-        )
+        wanted = images[["image", "class"]]
+        if len(one.classes) == 1:
+            wanted = wanted.assign(**{"class": one.classes[0]})
         pairs = wanted.drop_duplicates().merge(box_pairs(self.films, one.boxes, one.classes), on=["image", "class"])
         maps = np.full((len(pairs), len(losses), size, size), np.nan)
         probabilities = np.full((len(pairs), len(losses)), np.nan)
@@ -319,8 +315,7 @@ class Subject:
         if not len(pairs):
             raise ReleaseError(
                 f"{self.release.root}: no film of split {self.run.annotated} has a box of "
-                f"{', '.join(self.classes)}; see "
-                "the release's list of boxes, and the parameter annotated"
+                f"{', '.join(self.classes)}; see the release's list of boxes, and the parameter annotated"
             )
         return pairs
 
@@ -407,17 +402,7 @@ def _said(parameters, key):
 
 def _differences(parameters, changed):
     """What differs from the defaults, in words: what the study's file says, and what was given on top of it."""
-    named = {
-        *Run.__annotations__,
-        "study",
-        "runs",
-        "seeds",
-        "release",
-        "data_root",
-        "companions",
-        "attribution",
-        "features",
-    }
+    named = {*Run.__annotations__, *"study runs seeds release data_root companions attribution features".split()}
     default = {key: field.default for key, field in type(parameters).model_fields.items()}
     default["init"] = RELEASES[parameters.release].init
     other = {key for key in default if getattr(parameters, key) != default[key]} - named
