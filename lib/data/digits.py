@@ -1,8 +1,9 @@
 """Scikit-learn's handwritten digits as a release: 1,797 real images that come with the library, to run the analyses
 beyond chest films."""
 
-import json
 import os
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import cv2
@@ -11,10 +12,12 @@ import numpy as np
 from lib.data import reading
 from lib.data.release import DIGITS, Release, ReleaseError, problem_frame
 from lib.data.rsna import draw_splits
+from lib.data.writing import write_once, write_png
 from lib.locks import write_whole
 
 TABLE = "digits.csv"
 SIDE = 8  # values along a side of the data
+FILMS = 1797
 TEST_FRACTION = 0.3
 _BRIGHTEST = 16
 
@@ -31,44 +34,38 @@ def write_digits(root: str | Path, *, size: int = 32) -> None:
     Parameters
     ----------
     root : folder, new or empty or of an earlier call
-    size : side of the images in pixels, a multiple of 8
+    size : side of the images in pixels, a multiple of 8 up to 1024
 
     Raises
     ------
-    ValueError : another size, or finished digits of another size in `root`
-    FileExistsError : `root` holds something else
+    ValueError : another size
+    lib.data.release.ReleaseError : `root` holds digits of another size, damaged ones, or something else, or cannot be
+    written
     """
-    if isinstance(size, bool) or size != int(size) or size < SIDE or size % SIDE:
-        raise ValueError(f"size is {size!r}: it must be a multiple of {SIDE} pixels")
-    root, parameters = Path(root), {"format": 1, "size": int(size)}
-    finished, unfinished = root / "digits.json", root / "digits.unfinished.json"
-    if finished.exists():
-        found = finished.read_text()
-        if json.loads(found) != parameters:
-            raise ValueError(
-                f"{root} already holds digits with {found}, not the {parameters} asked for: choose another folder, "
-                "or delete it"
-            )
-        return
-    if not unfinished.exists() and root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(
-            f"{root} exists and holds no digits (it has no digits.json): choose an empty or new folder"
-        )
-    (root / "images").mkdir(parents=True, exist_ok=True)
-    write_whole(unfinished, json.dumps(parameters).encode())
+    if isinstance(size, bool) or not isinstance(size, Integral) or not SIDE <= size <= 1024 or size % SIDE:
+        raise ValueError(f"size is {size!r:.80}: it must be a multiple of {SIDE} pixels, up to 1024")
+    root, size = Path(root), int(size)
+    write_once(root, "digits", {"format": 1, "size": size}, partial(_is_complete, root), partial(_write, root, size))
 
+
+def _is_complete(root: Path) -> bool:
+    files = (root / TABLE, *(root / "images").glob("digit_*.png"))
+    return len(files) > FILMS and all(path.is_file() and path.stat().st_size for path in files)
+
+
+def _write(root: Path, size: int, anew: bool) -> None:
+    """Write everything but digits.json; the images are so few that what is there is written over in any case."""
     from sklearn.datasets import load_digits  # here: seconds, and only the first call needs it
 
     data = load_digits()
     names = [f"digit_{i:04d}.png" for i in range(len(data.target))]
     pixels = np.floor(data.images * (255 / _BRIGHTEST) + 0.5).astype(np.uint8)
+    (root / "images").mkdir(exist_ok=True)
     for name, image in zip(names, pixels, strict=True):
         enlarged = cv2.resize(image, (size, size), interpolation=cv2.INTER_NEAREST)
-        write_whole(root / "images" / name, cv2.imencode(".png", enlarged)[1].tobytes())
+        write_png(root / "images" / name, enlarged)
     rows = [f"{name},{label}" for name, label in zip(names, data.target, strict=True)]
     write_whole(root / TABLE, "\n".join(["image,label", *rows, ""]).encode())
-    write_whole(finished, json.dumps(parameters).encode())
-    unfinished.unlink(missing_ok=True)
 
 
 def read_digits(root: str | Path, *, validation_fraction: float, seed: int) -> Release:

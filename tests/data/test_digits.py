@@ -1,4 +1,5 @@
 import json
+import shutil
 from types import SimpleNamespace
 
 import cv2
@@ -92,12 +93,52 @@ def test_other_folders_and_sizes_are_refused(tmp_path, root):
     with pytest.raises(ValueError, match=r"already holds digits with .*32.*not the .*64"):
         write_digits(root, size=64)
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(FileExistsError, match=r"no digits\.json"):
+    with pytest.raises(ReleaseError, match=r"no digits\.json"):
         write_digits(tmp_path)
     for size in (0, -8, 12, 4, True):
         with pytest.raises(ValueError, match="multiple of 8"):
             write_digits(tmp_path / "d", size=size)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture
+def scratch(tmp_path, root):
+    """A copy of the digits, to be damaged."""
+    return shutil.copytree(root, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("name, fault", [("images/digit_0003.png", "gone"), (TABLE, "empty"), ("images", "gone")])
+def test_digits_that_are_gone_are_written_again(scratch, root, name, fault):
+    path = scratch / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if fault == "empty":
+        path.touch()
+    write_digits(scratch)
+    files = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    assert all((scratch / file).read_bytes() == (root / file).read_bytes() for file in files)
+    assert len([path for path in scratch.rglob("*") if path.is_file()]) == len(files)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff"])
+def test_a_damaged_record_of_the_digits_is_named(scratch, content):
+    (scratch / "digits.json").write_bytes(content)
+    with pytest.raises(ReleaseError, match=r"digits\.json is damaged: delete the folder .*scratch"):
+        write_digits(scratch)
+
+
+def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
+    for size in (float("nan"), float("inf"), "32", None, 32.0, 10**6):
+        with pytest.raises(ValueError, match="^size is .*: it must be a multiple of 8 pixels, up to 1024"):
+            write_digits(tmp_path / "d", size=size)
+    assert not (tmp_path / "d").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ReleaseError, match="file exists and holds no digits"):
+        write_digits(tmp_path / "file")
+    with pytest.raises(ReleaseError, match="below cannot be written .*Not a directory"):
+        write_digits(tmp_path / "file" / "below")
+    monkeypatch.setattr(cv2, "imencode", lambda *_: (False, np.zeros(0, np.uint8)))
+    with pytest.raises(ReleaseError, match=r"digit_0000\.png cannot be encoded as PNG"):
+        write_digits(tmp_path / "d")
 
 
 def copy(root, folder, lines=None):

@@ -1,8 +1,14 @@
 """The simulated release: layouts, label statistics, patients, masks and boxes, lungs, marker, determinism, difficulty,
 errors."""
 
+import errno
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 
 import cv2
@@ -13,6 +19,8 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
+from lib import locks
+from lib.data.phantom import files
 from lib.data.phantom import films as phantom
 from lib.data.phantom.anatomy import Scene, draw_anatomy
 from lib.data.phantom.films import label_sets, read_lesion_masks, read_lung_mask, read_marker_mask, write_phantom
@@ -131,7 +139,7 @@ def test_layout_is_that_of_the_nih_release(release, entries):
     film = cv2.imread(str(release / "images" / entries["Image Index"][0]), cv2.IMREAD_UNCHANGED)
     assert film.dtype == np.uint8 and film.shape == (64, 64)
     assert json.loads((release / "phantom.json").read_text())["n_films"] == 450
-    assert not list(release.rglob("*.tmp")) and not (release / "phantom.unfinished.json").exists()
+    assert not list(release.rglob(".*")) and not (release / "phantom.unfinished.json").exists()
 
 
 def test_splits_are_complete_and_patient_disjoint(release, entries):
@@ -458,6 +466,17 @@ def test_an_unfinished_phantom_of_other_parameters_is_written_anew(tmp_path):
     assert not (root / "markers.csv").exists()
 
 
+def test_films_behind_a_link_are_not_taken_for_those_of_other_parameters(tmp_path, small):
+    root = tmp_path / "p"
+    write_phantom(root, **SMALL | {"seed": 2}, workers=1)
+    (root / "phantom.json").rename(root / "phantom.unfinished.json")
+    (root / "images").rename(tmp_path / "elsewhere")
+    (root / "images").symlink_to(tmp_path / "elsewhere")
+    films = contents(tmp_path / "elsewhere")
+    write_phantom(root, **SMALL, workers=1)
+    assert contents(root) == small and contents(tmp_path / "elsewhere") == films
+
+
 def test_an_unfinished_phantom_of_the_other_layout_leaves_nothing_behind(tmp_path):
     root = tmp_path / "p"
     write_phantom(root, n_films=20, size=64, seed=1, workers=1)
@@ -476,7 +495,7 @@ def test_errors_name_what_is_wrong(tmp_path, release):
         write_phantom(tmp_path / "earlier", n_films=40, size=64, seed=0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(FileExistsError, match="mine"):
+    with pytest.raises(ReleaseError, match="mine exists and holds no phantom"):
         write_phantom(tmp_path / "mine", n_films=40, size=64, seed=0)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     for name, value in (("n_films", 3), ("size", 16), ("seed", -1), ("n_films", 50.5)):
@@ -498,6 +517,241 @@ def test_a_damaged_mask_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ReleaseError, match=f"{path.name} is not a readable PNG"):
         read_lung_mask(tmp_path / "p", path.name)
+
+
+# faults
+
+SMALL = dict(n_films=24, size=64, seed=1)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """What every phantom of `SMALL` must hold in the end."""
+    root = tmp_path_factory.mktemp("phantom") / "small"
+    write_phantom(root, **SMALL, workers=1)
+    return contents(root)
+
+
+def run_script(folder, arguments, top=""):
+    """A script that writes a phantom; `top` runs in its workers too."""
+    (folder / "script.py").write_text(
+        f"import os\nimport lib.data.phantom.films as films\n{top}\n"
+        f"if __name__ == '__main__':\n    films.write_phantom({str(folder / 'p')!r}, **{arguments!r})\n"
+    )
+    return subprocess.run([sys.executable, folder / "script.py"], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "top",
+    [
+        # Ended in the middle of a film, as by an out-of-memory killer; ended before it has begun.
+        "if __name__ == '__mp_main__': films.render_film = lambda *_, **__: os._exit(9)",
+        "if __name__ == '__mp_main__': import a_module_that_is_not_there",
+        "if __name__ == '__mp_main__': __name__ = '__main__'",  # a script without the guard
+    ],
+)
+def test_workers_that_end_are_an_error_and_the_next_call_goes_on(tmp_path, small, top):
+    run = run_script(tmp_path, SMALL | {"workers": 2}, top)
+    said = run.stderr.strip().splitlines()[-1]
+    assert run.returncode == 1 and "p was killed (out of memory?) or could not start" in said
+    assert "call again, which goes on" in said
+    write_phantom(tmp_path / "p", **SMALL, workers=1)
+    assert contents(tmp_path / "p") == small
+
+
+@pytest.mark.parametrize("moment", [1, 14, 49])  # a mask, a film, a table
+def test_a_killed_writing_is_continued_to_the_same_files(tmp_path, small, moment):
+    count = (
+        f"calls = []\nreplace = os.replace\nos.replace = lambda *a: len(calls) == {moment} and os.kill(os.getpid(), 9)"
+    )
+    run = run_script(tmp_path, SMALL | {"workers": 1}, f"{count} or calls.append(1) or replace(*a)")
+    assert run.returncode == -signal.SIGKILL and not (tmp_path / "p" / "phantom.json").exists()
+    assert len(list((tmp_path / "p").rglob(".*.tmp*"))) == 1
+    write_phantom(tmp_path / "p", **SMALL, workers=1)
+    assert contents(tmp_path / "p") == small
+
+
+def test_no_temporary_stays_beside_a_file_that_another_has_finished(tmp_path, small):
+    root = tmp_path / "p"
+    write_phantom(root, **SMALL, workers=1)
+    (root / "phantom.json").rename(root / "phantom.unfinished.json")
+    for name in ("images/.00000001_000.tmp.png", "masks/.00000001_000.png.4711.tmp", ".phantom.json.4711.tmp"):
+        (root / name).write_bytes(b"half")
+    write_phantom(root, **SMALL, workers=1)
+    assert contents(root) == small
+
+
+def test_a_second_writer_waits_and_never_mixes_two_phantoms(tmp_path, small, monkeypatch):
+    root, waiting, refused, draw = tmp_path / "p", threading.Event(), [], phantom.render_film
+    monkeypatch.setattr(locks, "print", lambda *_, **__: waiting.set(), raising=False)
+
+    def write_another():
+        try:
+            write_phantom(root, **SMALL | {"seed": 2}, workers=1)
+        except ReleaseError as error:
+            refused.append(str(error))
+
+    other = threading.Thread(target=write_another)
+
+    def draw_beside_another(*positional, **named):
+        if other.ident is None:
+            other.start()
+            assert waiting.wait(60)
+        return draw(*positional, **named)
+
+    monkeypatch.setattr(phantom, "render_film", draw_beside_another)
+    write_phantom(root, **SMALL, workers=1)
+    other.join(60)
+    assert contents(root) == small
+    assert len(refused) == 1 and "'seed': 1" in refused[0] and "'seed': 2" in refused[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"null", b"\xff\xfe", b'{"format": 2, "n_f', b"[" * 200000])
+def test_damaged_parameters_are_named_or_written_again(tmp_path, small, content):
+    root = tmp_path / "p"
+    write_phantom(root, **SMALL, workers=1)
+    image = next((root / "images").iterdir()).name
+    (root / "phantom.json").write_bytes(content)
+    with pytest.raises(ReleaseError, match=r"phantom\.json is damaged: delete the folder .*p to have it written again"):
+        write_phantom(root, **SMALL, workers=1)
+    with pytest.raises(ReleaseError, match=r"phantom\.json is missing or damaged: delete the folder"):
+        read_lung_mask(root, image)
+    (root / "phantom.json").rename(root / "phantom.unfinished.json")
+    write_phantom(root, **SMALL, workers=1)
+    assert contents(root) == small
+
+
+def test_what_is_no_file_is_no_phantom_json(tmp_path):
+    for kind, make in (("folder", os.mkdir), ("pipe", os.mkfifo), ("link", lambda path: path.symlink_to("/dev/zero"))):
+        for name, message in (
+            ("phantom.json", "{} is damaged"),
+            ("phantom.unfinished.json", "p cannot be written .*{}"),
+        ):
+            root = tmp_path / kind / name / "p"
+            root.mkdir(parents=True)
+            make(root / name)
+            with pytest.raises(ReleaseError, match=message.format(name)):
+                write_phantom(root, **SMALL, workers=1)
+            assert [path.name for path in root.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("fault", ["none", "empty", "pipe", "link"])
+@pytest.mark.parametrize("name", ["images/00000001_000.png", "masks/00000001_000.png", "BBox_List_2017.csv"])
+@pytest.mark.parametrize("marks", ["phantom.json", "phantom.unfinished.json"])
+def test_files_that_are_gone_are_written_again(tmp_path, small, marks, name, fault):
+    root = tmp_path / "p"
+    write_phantom(root, **SMALL, workers=1)
+    (root / "phantom.json").rename(root / marks)
+    (root / name).unlink()
+    if fault == "empty":  # as a power cut leaves it
+        (root / name).touch()
+    elif fault == "pipe":
+        os.mkfifo(root / name)
+    elif fault == "link":
+        (root / name).symlink_to("/dev/null")
+    write_phantom(root, **SMALL, workers=1)
+    assert contents(root) == small
+
+
+def test_a_disk_that_is_too_small_or_fails_is_named(tmp_path, small, monkeypatch):
+    root, write_film = tmp_path / "p", files.write_film
+    monkeypatch.setattr(phantom.shutil, "disk_usage", lambda _: type("", (), {"free": 2**20}))
+    message = r"need 20\.1 MiB or more in .*p, where 1\.0 MiB are free: make room, choose another folder, or"
+    with pytest.raises(ReleaseError, match=message):
+        write_phantom(root, n_films=10_000, size=65, seed=1)
+    monkeypatch.setattr(phantom.shutil, "disk_usage", lambda _: type("", (), {"free": 2**40}))
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+
+        def fail(*arguments, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(files, "write_film", fail)
+        with pytest.raises(
+            ReleaseError, match=rf"p cannot be written \(.*{os.strerror(number)}\).*make room, or choose"
+        ):
+            write_phantom(root, **SMALL, workers=1)
+    monkeypatch.setattr(files, "write_film", write_film)
+    write_phantom(root, **SMALL, workers=1)
+    assert contents(root) == small
+    monkeypatch.setattr(cv2, "imencode", lambda *_: (False, np.zeros(0, np.uint8)))
+    with pytest.raises(ReleaseError, match=r"masks/00000001_000\.png cannot be encoded as PNG"):
+        write_phantom(tmp_path / "other", **SMALL, workers=1)
+
+
+def test_a_finished_phantom_needs_no_lock(tmp_path, monkeypatch):
+    write_phantom(tmp_path / "p", **SMALL, workers=1)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(locks, "_lock", read_only)
+    write_phantom(tmp_path / "p", **SMALL, workers=1)
+    with pytest.raises(ReleaseError, match="q cannot be written .*Read-only"):
+        write_phantom(tmp_path / "q", **SMALL, workers=1)
+
+
+WRONG = {
+    "n_films": (100.0, float("nan"), float("inf"), "100", None, True, [20], 10**9),
+    "size": (64.0, float("nan"), "64", 100_000),
+    "seed": (1.5, "a", 2**64),
+    "workers": (0, -1, 2.5, "2", 10**7),
+    "floor": (float("nan"), "0.03", None),
+    "layout": (None, "NIH"),
+    "marker": (None, "x" * 10**6),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_parameters_are_named_and_nothing_is_written(tmp_path, name):
+    for value in WRONG[name]:
+        with pytest.raises(ValueError, match=f"^{name} is .*: it must") as refusal:
+            write_phantom(tmp_path / "p", **SMALL | {"workers": 1, name: value})
+        assert len(str(refusal.value)) < 400
+    assert not (tmp_path / "p").exists()
+
+
+def test_integers_of_any_kind_write_the_same_phantom(tmp_path, small):
+    write_phantom(tmp_path / "p", n_films=np.int64(24), size=np.uint16(64), seed=np.uint8(1), workers=np.int32(1))
+    assert contents(tmp_path / "p") == small
+
+
+MASKS = {
+    "8 bits": lambda png, bits: encode((bits >> 8).astype(np.uint8)),
+    "colour": lambda png, bits: encode(np.dstack([bits] * 3)),
+    "another size": lambda png, bits: encode(bits[:32, :32].copy()),
+    "not square": lambda png, bits: encode(bits[:32].copy()),
+    "huge": lambda png, bits: png[:16] + b"\0\0\xea\x60" * 2 + png[24:],
+    "cut": lambda png, bits: png[:-4],
+    "a bit": lambda png, bits: png[:200] + bytes([png[200] ^ 4]) + png[201:],
+    "no PNG": lambda png, bits: b"P5 64 64 255 " + bytes(4096),
+}
+
+
+def encode(pixels):
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+@pytest.mark.parametrize("fault", MASKS)
+def test_a_mask_of_another_kind_is_refused(tmp_path, small, fault):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "phantom.json").write_bytes(small["phantom.json"])
+    png = small["masks/00000001_000.png"]
+    bits = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    (tmp_path / "masks" / "00000001_000.png").write_bytes(MASKS[fault](png, bits))
+    for read in (read_lesion_masks, read_lung_mask, read_marker_mask):
+        with pytest.raises(ReleaseError, match=r"00000001_000\.png is not a readable PNG of 64 x 64 pixels of 16 bits"):
+            read(tmp_path, "00000001_000.png")
+
+
+def test_only_a_file_is_a_mask(tmp_path, small):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "phantom.json").write_bytes(small["phantom.json"])
+    path = tmp_path / "masks" / "00000001_000.png"
+    for make, away in ((os.mkdir, os.rmdir), (os.mkfifo, os.unlink), (lambda path: path.symlink_to("/dev/zero"), None)):
+        make(path)
+        with pytest.raises(ReleaseError, match="is not a readable PNG.*delete the folder"):
+            read_lung_mask(tmp_path, path.name)
+        away and away(path)
 
 
 # difficulty

@@ -6,6 +6,8 @@ a bit for each of the 14 findings, one for the lungs, one for a burnt-in marker.
 """
 
 import io
+import os
+import struct
 from pathlib import Path
 
 import cv2
@@ -13,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lib.data.release import FINDINGS, NO_FINDING, ReleaseError
+from lib.data.writing import read_parameters, write_png
 from lib.locks import write_whole
 
 FOLDERS = {"nih": "images", "rsna": "stage_2_train_images"}  # where each layout keeps its films
@@ -26,17 +29,15 @@ HEADER = (  # as released, two names in one each for the film's size and its spa
 RSNA_LABELS, RSNA_CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 OPACITY, NORMAL, NEITHER = "Lung Opacity", "Normal", "No Lung Opacity / Not Normal"
 LISTS = ("train_val_list.txt", "test_list.txt")
-TABLES = ("Data_Entry_2017.csv", "BBox_List_2017.csv", *LISTS, RSNA_LABELS, RSNA_CLASSES, "markers.csv")
+TABLES = {"nih": ("Data_Entry_2017.csv", "BBox_List_2017.csv", *LISTS), "rsna": (RSNA_LABELS, RSNA_CLASSES)}
+MARKERS = "markers.csv"
+PNG_OPTIONS = (cv2.IMWRITE_PNG_COMPRESSION, 4)
 # Any UID under 2.25 is free to use; fixed, so that bytes do not vary.
 _IMPLEMENTATION = "2.25.161803398874989484820458683436563811772"
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
-    write_whole(path, ("\n".join(lines) + "\n").encode())
-
-
-def _write_png(path: Path, image: np.ndarray) -> None:
-    write_whole(path, cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 4])[1].tobytes())
+    write_whole(path, ("\n".join(lines) + "\n").encode(), sync=True)
 
 
 def film_path(root: Path, layout: str, image: str) -> Path:
@@ -44,11 +45,41 @@ def film_path(root: Path, layout: str, image: str) -> Path:
     return root / FOLDERS[layout] / (Path(image).stem + SUFFIXES[layout])
 
 
+def mask_path(root: Path, image: str) -> Path:
+    """Where the masks of a film lie; `image` is its name with or without suffix."""
+    return root / "masks" / f"{Path(image).stem}.png"
+
+
+def is_written(root: Path, layout: str, image: str) -> bool:
+    """Whether a film and its masks are there."""
+    return _holds(film_path(root, layout, image)) and _holds(mask_path(root, image))
+
+
+def is_complete(root: Path, layout: str, n_films: int, marker: str) -> bool:
+    """Whether as many films and masks as were written are still there, and every table."""
+    tables = (*TABLES[layout], *([MARKERS] if marker else []))
+    counts = count_films(root / FOLDERS[layout]), count_films(root / "masks")
+    return all(_holds(root / table) for table in tables) and min(counts) >= n_films
+
+
+def count_films(folder: Path) -> int:
+    """How many films, or masks, a folder holds; 0 where it is missing."""
+    if not folder.is_dir():
+        return 0
+    with os.scandir(folder) as entries:
+        return sum(entry.name.endswith(tuple(SUFFIXES.values())) and _holds(entry) for entry in entries)
+
+
+def _holds(path: Path | os.DirEntry) -> bool:
+    """Whether it is a file with something in it: a power cut leaves empty ones behind."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def write_film(root: Path, layout: str, film: tuple, pixels: np.ndarray) -> None:
     """Write one film; `film` is a row of the release's table of films, `pixels` uint8 (size, size)."""
     path = film_path(root, layout, film.image)
     if layout == "nih":
-        _write_png(path, pixels)
+        write_png(path, pixels, PNG_OPTIONS)
     else:
         write_whole(path, _dicom(film, pixels))
 
@@ -94,11 +125,11 @@ def write_masks(
     planes = [(LUNGS, lungs), *((FINDINGS.index(name), mask) for name, mask in lesions.items())]
     planes += [] if marker is None else [(MARKER, marker)]
     bits = np.bitwise_or.reduce([mask.astype(np.uint16) << bit for bit, mask in planes])
-    _write_png(root / "masks" / f"{Path(image).stem}.png", bits)
+    write_png(mask_path(root, image), bits, PNG_OPTIONS)
 
 
-def read_masks(root: Path, image: str) -> np.ndarray:
-    """The bits of a film's mask file, uint16 (size, size).
+def read_masks(root: Path, image: str, size: int | None = None) -> np.ndarray:
+    """The bits of a film's mask file, uint16 (size, size); `size` is that of phantom.json unless given.
 
     Raises
     ------
@@ -107,12 +138,21 @@ def read_masks(root: Path, image: str) -> np.ndarray:
     ReleaseError
         The file is damaged.
     """
-    path = root / "masks" / f"{Path(image).stem}.png"
+    path, advice = mask_path(root, image), f"delete the folder {root} and write the phantom anew"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no film {image!r} in the phantom {root}")
-    bits = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if size is None:
+        size = (read_parameters(root / "phantom.json") or {}).get("size")
+        if type(size) is not int:
+            raise ReleaseError(f"{root / 'phantom.json'} is missing or damaged: {advice}")
+    data = path.read_bytes() if path.is_file() else b""
+    # Size, depth and channels before anything is decoded; some versions of OpenCV return a truncated PNG as one whose
+    # rest is blank.
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II5B", size, size, 16, 0, 0, 0, 0)
+    whole = data.startswith(header) and data.endswith(b"IEND\xaeB`\x82")
+    bits = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if whole else None
     if bits is None:
-        raise ReleaseError(f"{path} is not a readable PNG: delete the folder {root} and write the phantom anew")
+        raise ReleaseError(f"{path} is not a readable PNG of {size} x {size} pixels of 16 bits: {advice}")
     return bits
 
 
@@ -150,4 +190,4 @@ def write_markers(root: Path, layout: str, films: pd.DataFrame) -> None:
     """Which film, by its file name, carries the marker."""
     names = [film_path(root, layout, image).name for image in films["image"]]
     rows = [f"{name},{marked}" for name, marked in zip(names, films["marked"])]
-    _write_lines(root / "markers.csv", ["image,marked", *rows])
+    _write_lines(root / MARKERS, ["image,marked", *rows])

@@ -16,13 +16,13 @@ RSNA's films are drawn from NIH's, one a patient, with other shares: a film coun
 and label sets are drawn from the distribution above given the film's class.
 """
 
-import json
-import multiprocessing
 import os
 import shutil
 import uuid
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from itertools import combinations
+from numbers import Integral, Real
 from pathlib import Path
 
 import cv2
@@ -33,8 +33,9 @@ from lib.data.phantom import files
 from lib.data.phantom.anatomy import burn_marker, draw_anatomy
 from lib.data.phantom.files import NEITHER, NORMAL, OPACITY
 from lib.data.phantom.signs import render_film
-from lib.data.release import BOX_PIXELS, CLASSES, FINDINGS, NO_FINDING, PNEUMONIA
-from lib.locks import write_whole
+from lib.data.release import BOX_PIXELS, CLASSES, FINDINGS, NO_FINDING, PNEUMONIA, ReleaseError
+from lib.data.writing import write_once
+from lib.locks import spawned
 
 # Films of the 112,120 that carry no finding, exactly this finding, exactly this pair, this finding at all, and this
 # many findings.
@@ -63,6 +64,7 @@ TRAIN_SHARE = 0.7
 # RSNA: patients of each class (target 1 is Lung Opacity), and positive patients with this many boxes, 9,555 together.
 RSNA_CLASSES = {OPACITY: 6012, NORMAL: 8851, NEITHER: 11821}
 RSNA_BOXES = {1: 2614, 2: 3266, 3: 119, 4: 13}
+BYTES_PER_PIXEL = 0.5  # of a film and its masks on the disk, at the least
 MARKED, MARKED_OTHERS = 0.9, 0.02  # shares of films with a marker: of the class it is planted in, of the rest
 
 
@@ -198,7 +200,7 @@ def _write_patient(films: pd.DataFrame, root: Path, size: int, seed: int, layout
     anatomy = draw_anatomy(np.random.default_rng((seed, first.patient)), first.age, first.sex)
     for film in films.itertuples():
         key = (seed, film.patient, film.follow_up)
-        if not files.film_path(root, layout, film.image).exists():
+        if not files.is_written(root, layout, film.image):
             shown = {"view": film.view, "findings": frozenset(film.findings), "foci": film.foci}
             pixels, lesions, lungs = render_film(anatomy, size=size, key=key, **shown)
             pixels, marker = burn_marker(pixels, np.random.default_rng((*key, 97))) if film.marked else (pixels, None)
@@ -206,11 +208,11 @@ def _write_patient(films: pd.DataFrame, root: Path, size: int, seed: int, layout
             files.write_film(root, layout, film, pixels)
         rng = np.random.default_rng((*key, 99))
         if layout == "rsna" and film.kind == OPACITY:
-            parts = _parts(read_lesion_masks(root, film.image)[PNEUMONIA])
+            parts = _parts(_lesions(files.read_masks(root, film.image, size))[PNEUMONIA])
             # No reader boxes a speck beside an opacity.
             marked = [(PNEUMONIA, part) for part in parts if part.sum() >= 0.2 * parts[0].sum()]
         elif layout == "nih" and film.test:
-            lesions = read_lesion_masks(root, film.image)
+            lesions = _lesions(files.read_masks(root, film.image, size))
             marked = [(name, _parts(mask)[0]) for name, mask in lesions.items() if name in BOXED]
         else:
             continue
@@ -218,31 +220,52 @@ def _write_patient(films: pd.DataFrame, root: Path, size: int, seed: int, layout
     return boxes
 
 
-def _prepare(root: Path, parameters: dict) -> bool:
-    """Make `root` ready to be written; True if the release is there already. Raises where it holds anything else."""
-    finished, unfinished = root / "phantom.json", root / "phantom.unfinished.json"
-    if finished.exists():
-        found = json.loads(finished.read_text())
-        if found != parameters:
-            raise ValueError(
-                f"{root} already holds a phantom with {found}, not the {parameters} asked for: choose another "
-                "folder, or delete it"
-            )
-        return True
-    if unfinished.exists():
-        if json.loads(unfinished.read_text()) != parameters:
-            for folder in ("masks", *files.FOLDERS.values()):
-                shutil.rmtree(root / folder, ignore_errors=True)
-            for table in files.TABLES:
-                (root / table).unlink(missing_ok=True)
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(
-            f"{root} exists and is no phantom (it has no phantom.json): choose an empty or new folder"
+def _write_patients(films: pd.DataFrame, **arguments) -> list[tuple]:
+    """`_write_patient` for several of them."""
+    return [box for _, group in films.groupby("patient") for box in _write_patient(group, **arguments)]
+
+
+def _write(
+    anew: bool, *, root: Path, n_films: int, size: int, seed: int, floor: float, layout: str, marker: str, workers: int
+) -> None:
+    """Write everything but phantom.json; with `anew` what is there is of another phantom. See `write_phantom`."""
+    if anew:
+        for folder in filter(os.path.lexists, (root / name for name in ("masks", *files.FOLDERS.values()))):
+            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+        for table in (*sum(files.TABLES.values(), ()), files.MARKERS):
+            (root / table).unlink(missing_ok=True)
+    for folder in ("masks", files.FOLDERS[layout]):
+        (root / folder).mkdir(exist_ok=True)
+    missing = n_films - files.count_films(root / files.FOLDERS[layout])
+    needed, free = missing * size**2 * BYTES_PER_PIXEL, shutil.disk_usage(root).free
+    if needed > free:
+        raise ReleaseError(
+            f"the phantom's films need {needed / 2**20:.1f} MiB or more in {root}, where {free / 2**20:.1f} MiB are "
+            "free: make room, choose another folder, or ask for fewer films"
         )
-    for folder in ("masks", files.FOLDERS[parameters["layout"]]):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    write_whole(unfinished, json.dumps(parameters).encode())
-    return False
+    rng = np.random.default_rng((seed, 0))
+    if layout == "rsna":
+        films = _draw_rsna(n_films, seed, rng)
+    else:
+        films = _enrich(_draw_films(n_films, rng), floor, rng).assign(foci=1)
+    films["marked"] = _marked(films, marker, seed)
+    chunks = [group for _, group in films.groupby(films["patient"] // 8)]
+    task = partial(_write_patients, root=root, size=size, seed=seed, layout=layout)
+    if workers == 1:
+        boxes = [box for found in map(task, chunks) for box in found]
+    else:
+        try:
+            with spawned(min(workers, len(chunks))) as pool:
+                boxes = [box for found in pool.map(task, chunks) for box in found]
+        except BrokenProcessPool as error:
+            raise ReleaseError(
+                f"a process that draws the films of {root} was killed (out of memory?) or could not start (then its "
+                "own error stands above; a script must call this below `if __name__ == '__main__':`): call again, "
+                "which goes on with what is there, or with workers=1"
+            ) from error
+    (files.write_rsna_tables if layout == "rsna" else files.write_nih_tables)(root, films, boxes)
+    if marker:
+        files.write_markers(root, layout, films)
 
 
 def write_phantom(
@@ -269,9 +292,9 @@ def write_phantom(
     Parameters
     ----------
     root : folder, new or empty or an earlier phantom
-    n_films : number of films, at least 20
-    size : film side in pixels, at least 64
-    seed : not negative
+    n_films : number of films, 20 to 1,000,000
+    size : film side in pixels, 64 to 4096
+    seed : 0 to 2^64 - 1
     floor : layout 'nih': least share of each split's films that carry a finding, in [0, 0.1]; 0 leaves NIH's own
     distribution
     layout : 'nih' or 'rsna'
@@ -281,42 +304,28 @@ def write_phantom(
 
     Raises
     ------
-    ValueError : a parameter out of range, or a finished phantom with other parameters in `root`
-    FileExistsError : `root` holds something else
+    ValueError : a parameter out of range
+    lib.data.release.ReleaseError : `root` holds a phantom with other parameters, a damaged one, or something else; too
+    little disk space, a folder that cannot be written, a worker that was killed
     """
-    for name, value, least in (("n_films", n_films, 20), ("size", size, 64), ("seed", seed, 0)):
-        if isinstance(value, bool) or value != int(value) or value < least:
-            raise ValueError(f"{name} is {value!r}: it must be a whole number of at least {least}")
-    if not 0 <= floor <= 0.1:
-        raise ValueError(f"floor is {floor!r}: it must lie between 0 and 0.1")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is None:
+        workers = 1 if isinstance(n_films, Integral) and n_films < 200 else cpus
+    limits = {"n_films": (n_films, 20, 10**6), "size": (size, 64, 4096), "seed": (seed, 0, 2**64 - 1)}
+    for name, (value, least, most) in (limits | {"workers": (workers, 1, 1024)}).items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r:.80}: it must be a whole number from {least} to {most}")
+    if not isinstance(floor, Real) or not 0 <= floor <= 0.1:
+        raise ValueError(f"floor is {floor!r:.80}: it must lie between 0 and 0.1")
     for name, value, known in (("layout", layout, tuple(files.FOLDERS)), ("marker", marker, ("", *CLASSES))):
         if value not in known:
-            raise ValueError(f"{name} is {value!r}: it must be {' or '.join(map(repr, known))}")
-    root = Path(root)
-    parameters = {"format": 2, "n_films": int(n_films), "size": int(size), "seed": int(seed)}
+            raise ValueError(f"{name} is {value!r:.80}: it must be {' or '.join(map(repr, known))}")
+    root, n_films, size, seed = Path(root), int(n_films), int(size), int(seed)
+    parameters = {"format": 2, "n_films": n_films, "size": size, "seed": seed}
     parameters |= {"layout": layout, "marker": marker} | ({"floor": float(floor)} if layout == "nih" else {})
-    if _prepare(root, parameters):
-        return
-    rng = np.random.default_rng((seed, 0))
-    if layout == "rsna":
-        films = _draw_rsna(n_films, seed, rng)
-    else:
-        films = _enrich(_draw_films(n_films, rng), floor, rng).assign(foci=1)
-    films["marked"] = _marked(films, marker, seed)
-    patients = [group for _, group in films.groupby("patient")]
-    task = partial(_write_patient, root=root, size=size, seed=seed, layout=layout)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or (1 if n_films < 200 else cpus)
-    if workers == 1:
-        boxes = [box for group in patients for box in task(group)]
-    else:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            boxes = [box for found in pool.imap(task, patients, chunksize=8) for box in found]
-    (files.write_rsna_tables if layout == "rsna" else files.write_nih_tables)(root, films, boxes)
-    if marker:
-        files.write_markers(root, layout, films)
-    write_whole(root / "phantom.json", json.dumps(parameters).encode())
-    (root / "phantom.unfinished.json").unlink(missing_ok=True)  # another process may have written the same phantom
+    arguments = {"root": root, "layout": layout, "n_films": n_films, "marker": marker}
+    write = partial(_write, **arguments, size=size, seed=seed, floor=float(floor), workers=workers)
+    write_once(root, "a phantom", parameters, partial(files.is_complete, **arguments), write)
 
 
 def read_lesion_masks(root: str | Path, image: str) -> dict[str, np.ndarray]:
@@ -334,9 +343,12 @@ def read_lesion_masks(root: str | Path, image: str) -> dict[str, np.ndarray]:
     Raises
     ------
     FileNotFoundError : no film of that name is there
-    lib.data.release.ReleaseError : the mask file is damaged
+    lib.data.release.ReleaseError : the mask file is damaged, or not of this phantom's size
     """
-    bits = files.read_masks(Path(root), image)
+    return _lesions(files.read_masks(Path(root), image))
+
+
+def _lesions(bits: np.ndarray) -> dict[str, np.ndarray]:
     masks = {name: (bits >> index) & 1 == 1 for index, name in enumerate(FINDINGS)}
     return {name: mask for name, mask in masks.items() if mask.any()}
 
