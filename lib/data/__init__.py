@@ -4,7 +4,7 @@ To add a release: a module that reads it into a `lib.data.release.Release`, and 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -109,7 +109,7 @@ def open_data(study) -> "tuple[Release, Store]":
     Returns
     -------
     release : lib.data.release.Release
-        Its films are exactly those of the store, row by row.
+        Its films are exactly those of the store, row by row; its problems are also those seen in the pixels.
     store : lib.data.store.Store
 
     Raises
@@ -117,8 +117,11 @@ def open_data(study) -> "tuple[Release, Store]":
     lib.data.release.ReleaseError
         Broken release, or films that are missing where `study.skip_bad_films` is False.
     lib.data.store.StoreError
-        Films that are unreadable where `study.skip_bad_films` is False, or a store that cannot be built.
+        Films that are unreadable where `study.skip_bad_films` is False, or a store that is damaged or cannot be built.
     """
+    import pandas as pd
+
+    from lib.data.release import problem_frame
     from lib.data.store import open_store
     from lib.locks import exclusive
 
@@ -132,4 +135,7 @@ def open_data(study) -> "tuple[Release, Store]":
             source.write(study)
     release = source.read(study, validation_fraction=study.validation_fraction, seed=0, on_missing=choice)
     store = open_store(release, study.store_folder, study.store_size, on_unreadable=choice)
-    return release.without(store.unreadable, "unreadable") if store.unreadable else release, store
+    if store.unreadable:
+        release = release.without(store.unreadable, "unreadable")
+    problems = pd.concat([release.problems, problem_frame(store.remarks())], ignore_index=True)
+    return replace(release, problems=problems), store

@@ -5,13 +5,13 @@ import errno
 import hashlib
 import io
 import json
-import multiprocessing
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from lib.data.decoding import decode_film
-from lib.locks import exclusive, write_whole
+from lib.data.decoding import check_file, read_film
+from lib.locks import exclusive, spawned, write_whole
 
 if TYPE_CHECKING:  # worker processes import this module: pandas would double their start-up
     import pandas as pd
@@ -34,11 +34,19 @@ VERSION = 1  # of the pixels: raise it whenever the same film would be stored di
 _CHUNK = 32  # films a worker decodes per task
 _CHECKPOINT_SECONDS = 15.0
 _SPARE_BYTES = 64 * 2**20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CHECKED_BYTES = 64 * 2**20  # of the pixels are held against their digests whenever a store is opened
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROGRESS = np.dtype([("signature", np.uint64), ("digest", np.uint64), ("done", bool)])
 
 
 class StoreError(RuntimeError):
-    """A store that cannot be built or opened; the message names the films or the folder and what to do."""
+    """A store that cannot be built or opened; the message names the films or the folder and what to do, on one line:
+    see `release.printable`."""
+
+    def __init__(self, message: str):
+        from lib.data.release import printable  # pandas, see above
+
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Store:
     unreadable : list of str
         Names of the films that could not be decoded (only with on_unreadable='skip').
         `release.without(store.unreadable)` has the films of the store.
+    digests : uint64 (N,)
+        Of each film's pixels, taken when it was decoded.
     """
 
     images: np.memmap
@@ -65,6 +75,45 @@ class Store:
     size: int
     fingerprint: str
     unreadable: list[str]
+    digests: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """Of all pixels in their order: equal wherever, whenever and from whatever files they were decoded."""
+        content = self.digests.astype("<u8").tobytes() + f"size {self.size}".encode()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def verify(self, rows: np.ndarray | None = None) -> None:
+        """Hold the pixels of `rows`, by default of all films, against their digests (about a second per GB).
+
+        Raises
+        ------
+        StoreError
+            Some differ; the message names the folder, the first such film and the way out.
+        """
+        rows = np.arange(len(self.images)) if rows is None else rows
+        damaged = [row for row in rows.tolist() if _digest(self.images[row]) != self.digests[row]]
+        if damaged:
+            folder = Path(getattr(self.images, "filename", "")).parent
+            raise StoreError(
+                f"{folder} is damaged: {len(damaged)} of {len(rows)} films checked are not as they were stored, the "
+                f"first is {self.films['image'][damaged[0]]}; delete that folder, it is built again"
+            )
+
+    def remarks(self) -> list[tuple[str, str, str]]:
+        """(kind, item, detail), see `Release.problems`, of every film of one grey, and of every film with the very
+        pixels that an earlier one has in the store."""
+        greys = {_digest(np.full((self.size, self.size), grey, np.uint8)): grey for grey in range(256)}
+        images, splits, found, first = list(self.films["image"]), list(self.films["split"]), [], {}
+        for row, digest in enumerate(self.digests.tolist()):
+            earlier = first.setdefault(digest, row)
+            if digest in greys:
+                found.append(("film of one grey", images[row], f"every pixel is {greys[digest]}"))
+            elif earlier != row:
+                apart = f"; that is a {splits[earlier]} film, this a {splits[row]} film"
+                apart = apart if splits[earlier] != splits[row] else ""
+                found.append(("film repeated", images[row], f"the same pixels as {images[earlier]}{apart}"))
+        return found
 
     def rows(self, split: str) -> np.ndarray:
         """Rows of the films of a split ('train', 'val', 'test'), or of 'all', int64, ascending."""
@@ -87,6 +136,9 @@ def open_store(
     source. A killed build resumes: films decoded before are kept unless their file changed.
     One process builds; others that open the same folder meanwhile wait and reuse.
 
+    A finished store is checked before it is used: all of its pixels up to 64 MiB, of larger ones that much in films
+    spread over the store; `Store.verify` checks all. A store without digests, of an older version, is built again.
+
     Pixels: colour and transparency are dropped (grey by ITU-R 601; alpha ignored), 16-bit films are scaled by their
     full range (divided by 257), shrinking averages over areas, enlarging is bilinear. What DICOM films become:
     `lib.data.decoding.decode_film`.
@@ -99,14 +151,15 @@ def open_store(
         Decoding processes; default the CPUs this process may use. With 1, decoding happens in this process. More are
         started by spawning, so a script must call this below `if __name__ == "__main__":`.
     on_unreadable : 'error' or 'skip'
-        What to do when films turn out unreadable (not PNG or DICOM, truncated, damaged, not square): 'error' decodes
-        all others, then raises naming them; 'skip' finishes the store without them and lists them in
-        `Store.unreadable`.
+        What to do when films turn out unreadable (missing, no regular file, not PNG, JPEG or DICOM, truncated, damaged,
+        not square): 'error' decodes all others, then raises naming them (missing ones before any work); 'skip' finishes
+        the store without them and lists them in `Store.unreadable`.
 
     Raises
     ------
     StoreError
-        Unreadable films, missing files, too little disk space, a worker that was killed.
+        Unreadable films, missing files, a damaged store, a folder that cannot be written, too little disk space, a
+        worker that was killed.
     """
     if size < 1:
         raise ValueError(f"size is {size}; it must be at least 1 pixel")
@@ -116,20 +169,20 @@ def open_store(
         raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'error' or 'skip'")
     if not len(release.films):
         raise StoreError("the release has no films")
-    folder = Path(folder).expanduser().resolve()
-    signatures = _signatures(release.films)
+    folder = Path(os.path.realpath(Path(folder).expanduser()))  # a link to a folder that is still to be made
+    signatures, absent = _signatures(release.films)
+    if absent and on_unreadable == "error":
+        raise StoreError(_unreadable_message(absent, len(signatures)))
     fingerprint = _fingerprint(signatures, size)
 
     reuse = partial(_reuse, folder, release.films, size, fingerprint)
     store = reuse()
     if store is None:
-        folder.mkdir(parents=True, exist_ok=True)
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with _lock(folder):
+        with _writing(folder), exclusive(folder / "lock", f"waiting for another process that is building {folder}"):
             store = reuse()  # another process may have built it while this one waited
             if store is None:
-                paths = list(release.films["path"])
-                _build(folder, paths, size, signatures, fingerprint, workers or cpus, on_unreadable == "skip")
+                _build(folder, release.films, size, signatures, fingerprint, workers or cpus, on_unreadable == "skip")
                 store = reuse()
     if store is None:
         raise StoreError(f"{folder} changed while it was being opened; open it again")
@@ -138,23 +191,41 @@ def open_store(
     return store
 
 
+def verify_folder(folder: Path, size: int) -> None:
+    """Hold all films of a finished store against their digests, without the release that it was built from.
+
+    Raises
+    ------
+    StoreError
+        Some differ, or the folder holds no finished store.
+    """
+    import pandas as pd
+
+    if manifest := _read_manifest(folder):
+        films = pd.DataFrame({"image": [f"that of row {row}" for row in range(len(manifest["digests"]) // 16)]})
+        if store := _reuse(folder, films, size, manifest["fingerprint"]):
+            return store.verify()
+    raise StoreError(f"{folder} is not as it was built: delete that folder, it is built again")
+
+
 # ---- source
 
 
-def _signatures(films: "pd.DataFrame") -> np.ndarray:
-    """One uint64 per film of its name, file size and modification time, and of the store's version."""
-    out, missing = np.empty(len(films), np.uint64), []
+def _signatures(films: "pd.DataFrame") -> tuple[np.ndarray, list[dict]]:
+    """One uint64 per film of its name, file size and modification time, and of the store's version; and the films whose
+    file is missing or refused, which are unreadable before they are opened."""
+    out, absent = np.empty(len(films), np.uint64), []
     for i, (image, path) in enumerate(zip(films["image"], films["path"], strict=True)):
         try:
-            stat = os.stat(path)
-        except OSError:
-            missing.append(path)
-            continue
-        key = f"{VERSION}\0{image}\0{stat.st_size}\0{stat.st_mtime_ns // 1_000_000}".encode()
+            status = os.stat(path)
+            check_file(status)
+            seen = f"{status.st_size}\0{status.st_mtime_ns // 1_000_000}"
+        except (OSError, ValueError) as error:
+            seen = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+            absent.append({"image": image, "path": path, "reason": seen})
+        key = f"{VERSION}\0{image}\0{seen}".encode()
         out[i] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-    if missing:
-        raise StoreError(f"{len(missing)} films cannot be found: {', '.join(missing[:5])}; read the release again")
-    return out
+    return out, absent
 
 
 def _fingerprint(signatures: np.ndarray, size: int) -> str:
@@ -165,27 +236,63 @@ def _fingerprint(signatures: np.ndarray, size: int) -> str:
 
 
 def _read_manifest(folder: Path) -> dict | None:
+    """store.json; None where it is not, word by word, what a build of this version wrote."""
+    path = folder / "store.json"
     try:
-        return json.loads((folder / "store.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+        manifest = json.loads(path.read_bytes()) if path.is_file() else None
+        if isinstance(manifest, dict) and manifest.pop("checksum", None) == _checksum(manifest):
+            return manifest
+    except (OSError, ValueError, RecursionError):
+        pass
+    return None
+
+
+def _checksum(manifest: dict) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _map(path: Path, dtype: type | np.dtype, shape: tuple[int, ...]) -> np.memmap | None:
+    """The array of an .npy file, read-only; None unless it is what a build writes for that type and shape."""
+    header = _header(dtype, shape)
+    try:
+        if not path.is_file() or path.stat().st_size != len(header) + np.dtype(dtype).itemsize * math.prod(shape):
+            return None
+        with open(path, "rb") as file:
+            if file.read(len(header)) == header:
+                return np.memmap(file, dtype, "r", len(header), shape)
+    except OSError:
+        pass
+    return None
+
+
+def _header(dtype: type | np.dtype, shape: tuple[int, ...]) -> bytes:
+    buffer, descr = io.BytesIO(), np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def _digest(pixels: np.ndarray) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(np.ascontiguousarray(pixels).data.cast("B"), digest_size=8).digest(), "little"
+    )
 
 
 def _reuse(folder: Path, films: "pd.DataFrame", size: int, fingerprint: str) -> Store | None:
     manifest = _read_manifest(folder)
-    if manifest is None or manifest.get("fingerprint") != fingerprint:
-        return None
-    try:
-        images = np.load(folder / "images.npy", mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
+    if manifest is None or manifest["fingerprint"] != fingerprint:
         return None
     unreadable = [item["image"] for item in manifest["unreadable"]]
-    expected = (len(films) - len(unreadable), size, size)
+    digests = np.frombuffer(bytes.fromhex(manifest["digests"]), "<u8").astype(np.uint64)
+    images = _map(folder / "images.npy", np.uint8, (len(digests), size, size))
     # A rebuild removes store.json before it replaces images.npy: the same manifest after opening means that these are
     # its images.
-    if images.shape != expected or images.dtype != np.uint8 or _read_manifest(folder) != manifest:
+    if images is None or _read_manifest(folder) != manifest:
         return None
-    return Store(images, films[~films["image"].isin(unreadable)].reset_index(drop=True), size, fingerprint, unreadable)
+    films = films[~films["image"].isin(unreadable)].reset_index(drop=True)
+    store = Store(images, films, size, fingerprint, unreadable, digests)
+    checked = min(len(films), -(-_CHECKED_BYTES // size**2))
+    store.verify(np.linspace(0, len(films) - 1, checked).astype(np.int64))
+    return store
 
 
 def _unreadable_message(unreadable: list[dict], n_films: int) -> str:
@@ -198,87 +305,109 @@ def _unreadable_message(unreadable: list[dict], n_films: int) -> str:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Exclusive among processes that would build the store in `folder`."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(exclusive(folder / "lock", f"waiting for another process that is building {folder}"))
-        except OSError as error:
-            fault = f"holds no store of this release and cannot be written ({error.strerror})"
-            raise StoreError(f"{folder} {fault}; choose another folder") from error
+def _writing(folder: Path) -> Iterator[None]:
+    """Make the folder; what goes wrong with it within the context is said in a sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
+    except OSError as error:
+        if error.errno in _FULL:
+            message = f"the disk of {folder} is full; make room and open the store again: it resumes ({error.strerror})"
+        else:
+            at = f" at {error.filename}" if error.filename else ""
+            message = (
+                f"{folder} holds no store of this release and cannot be written ({error.strerror or error}{at}); "
+                "delete what is in the way, or choose another folder"
+            )
+        raise StoreError(message) from error
 
 
 # ---- building
 
 
 def _build(
-    folder: Path, paths: list[str], size: int, signatures: np.ndarray, fingerprint: str, workers: int, skip: bool
+    folder: Path, films: "pd.DataFrame", size: int, signatures: np.ndarray, fingerprint: str, workers: int, skip: bool
 ) -> None:
     """Decode into folder/building, then publish: remove store.json, move images.npy, write store.json.
 
     With `skip` unreadable films are left out and listed; without, they are an error once all others are decoded.
     """
-    building = folder / "building"
+    building, paths = folder / "building", list(films["path"])
+    for name in ("store.json", "images.npy"):  # replaced at the end: a folder in their place must not wait until then
+        if (folder / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
     building.mkdir(exist_ok=True)
-    offset, done = _prepare(building, size, signatures)
-    reasons = _decode_all(building, paths, size, signatures, offset, done, workers)
-    failed = [(paths[row], reason) for row, reason in sorted(reasons.items())]
-    unreadable = [{"image": os.path.basename(path), "path": path, "reason": reason} for path, reason in failed]
+    progress = _prepare(building, size, signatures)
+    reasons = _decode_all(building, paths, size, progress, workers)
+    unreadable = [
+        {"image": films["image"].iloc[row], "path": paths[row], "reason": reason}
+        for row, reason in sorted(reasons.items())
+    ]
     if unreadable and not skip:
         raise StoreError(_unreadable_message(unreadable, len(paths)))
     if len(unreadable) == len(paths):
-        raise StoreError(f"not one of the {len(paths)} films is readable; the first is {paths[0]}: {reasons[0]}")
+        raise StoreError(
+            f"not one of the {len(paths)} films is readable; the first is {paths[0]}: {reasons[0]}. Put readable films "
+            "in their place and open the store again"
+        )
     if unreadable:
-        _close_gaps(building, len(paths), size, offset, list(reasons))
+        _close_gaps(building, len(paths), size, list(reasons))
 
     (folder / "store.json").unlink(missing_ok=True)
     os.replace(building / "images.npy", folder / "images.npy")
+    digests = np.delete(progress["digest"], list(reasons)).astype("<u8").tobytes().hex()
     manifest = {"version": VERSION, "fingerprint": fingerprint, "size": size, "films": len(paths)}
-    content = json.dumps(manifest | {"unreadable": unreadable}, indent=1)
+    manifest |= {"unreadable": unreadable, "digests": digests}
+    content = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
     write_whole(folder / "store.json", content.encode(), sync=True)
     shutil.rmtree(building)
 
 
-def _prepare(building: Path, size: int, signatures: np.ndarray) -> tuple[int, np.ndarray]:
-    """Make room for the images, or find those of an earlier build -> (offset of the first pixel in images.npy, which
-    films are done)."""
-    images = building / "images.npy"
-    shape = (len(signatures), size, size)
-    try:
-        earlier, progress = np.load(images, mmap_mode="r"), np.load(building / "progress.npy")
-        if earlier.shape == shape and earlier.dtype == np.uint8 and progress["signature"].shape == signatures.shape:
-            return earlier.offset, (progress["signature"] == signatures) & progress["done"]
-    except (OSError, ValueError, IndexError, EOFError):
-        pass  # nothing usable: start from the beginning
-    for name in ("images.npy", "progress.npy"):
-        (building / name).unlink(missing_ok=True)
-    needed, free = int(np.prod(shape)), shutil.disk_usage(building).free
+def _prepare(building: Path, size: int, signatures: np.ndarray) -> np.ndarray:
+    """Make room for the images, or find those of an earlier build -> progress: which films are done."""
+    images, shape = building / "images.npy", (len(signatures), size, size)
+    earlier = _map(images, np.uint8, shape)
+    progress = _map(building / "progress.npy", _PROGRESS, signatures.shape)
+    if earlier is not None and progress is not None:
+        progress = np.array(progress)
+        progress["done"] &= progress["signature"] == signatures
+        for row in np.flatnonzero(progress["done"]):
+            progress["done"][row] = _digest(earlier[row]) == progress["digest"][row]
+        progress["signature"] = signatures
+        return progress
+    shutil.rmtree(building)
+    building.mkdir()
+    header, needed = _header(np.uint8, shape), math.prod(shape)
+    free = shutil.disk_usage(building).free
     message = (
-        f"the store needs {needed / 2**30:.2f} GiB in {building}, where {free / 2**30:.2f} GiB are free; make room "
-        f"(an older images.npy in {building.parent} may be deleted) or choose another folder"
+        f"the store needs {needed / 2**30:.2f} GiB in {building}, and {_SPARE_BYTES // 2**20} MiB to spare, where "
+        f"{free / 2**30:.2f} GiB are free; make room (an older images.npy in {building.parent} may be deleted) or "
+        "choose another folder"
     )
     if free < needed + _SPARE_BYTES:
         raise StoreError(message)
-    offset = np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=shape).offset
     try:
-        # Reserved now: a quota is hit before the work and not after hours of it.
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            with open(images, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, offset + needed)
+        with open(images, "xb") as file:
+            # Reserved now: a quota is hit before the work and not after hours of it.
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, len(header) + needed)
+            file.truncate(len(header) + needed)
+            file.write(header)
     except OSError as error:
         if error.errno in _FULL:
             images.unlink()
-            raise StoreError(message) from error
-    return offset, np.zeros(len(signatures), bool)
+            raise StoreError(f"{message} ({error.strerror})") from error
+        raise
+    progress = np.zeros(len(signatures), _PROGRESS)
+    progress["signature"] = signatures
+    return progress
 
 
-def _decode_all(
-    building: Path, paths: list[str], size: int, signatures: np.ndarray, offset: int, done: np.ndarray, workers: int
-) -> dict[int, str]:
+def _decode_all(building: Path, paths: list[str], size: int, progress: np.ndarray, workers: int) -> dict[int, str]:
     """Decode what is not done, keeping the progress file up to date -> {row: reason} of the unreadable films."""
     images, reasons = str(building / "images.npy"), {}
-    todo = [(int(row), paths[row]) for row in np.flatnonzero(~done)]
+    offset = len(_header(np.uint8, (len(paths), size, size)))
+    todo = [(int(row), paths[row]) for row in np.flatnonzero(~progress["done"])]
     tasks = [(images, offset, size, todo[i : i + _CHUNK]) for i in range(0, len(todo), _CHUNK)]
     bar = {"total": len(paths), "initial": len(paths) - len(todo), "unit": "film", "desc": "decoding"}
     saved = time.monotonic()
@@ -287,76 +416,77 @@ def _decode_all(
         # Pixels reach the disk before the record that calls them done.
         with open(images, "rb") as file:
             os.fsync(file.fileno())
-        _write_progress(building / "progress.npy", signatures, done)
+        buffer = io.BytesIO()
+        np.save(buffer, progress)
+        write_whole(building / "progress.npy", buffer.getvalue(), sync=True)
 
     save()
     try:
         with (
             contextlib.closing(_results(tasks, workers)) as results,
-            tqdm(**bar, file=sys.stdout, mininterval=5, ascii=True) as progress,
+            tqdm(**bar, file=sys.stdout, mininterval=5, ascii=True) as shown,
         ):
-            for rows, failed in results:
-                done[rows] = True
-                done[list(failed)] = False
+            for digests, failed in results:
+                progress["digest"][list(digests)] = list(digests.values())
+                progress["done"][list(digests)] = True
                 reasons |= failed
-                progress.update(len(rows))
+                shown.update(len(digests) + len(failed))
                 if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                     save()
                     saved = time.monotonic()
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, MemoryError) as error:
         raise StoreError(
-            "a decoding process was killed (out of memory?); open the store again to resume, with fewer workers"
+            "a decoding process was killed (out of memory?) or could not start (a script's calls belong below "
+            "`if __name__ == '__main__':`); open the store again to resume, with fewer workers"
         ) from error
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        message = f"the disk of {building} is full; make room and open the store again: it resumes"
-        raise StoreError(message) from error
     finally:
         with contextlib.suppress(OSError):
             save()
     return reasons
 
 
-def _close_gaps(building: Path, n_films: int, size: int, offset: int, gaps: list[int]) -> None:
+def _close_gaps(building: Path, n_films: int, size: int, gaps: list[int]) -> None:
     """Move the rows of readable films together and cut the file behind them."""
     # Rows are about to lose their numbers: killed from here on, the build starts again.
     (building / "progress.npy").unlink()
-    images = np.load(building / "images.npy", mmap_mode="r+")
     kept = np.delete(np.arange(n_films), gaps)
+    before, header = (_header(np.uint8, (n, size, size)) for n in (n_films, len(kept)))
+    if len(header) != len(before):
+        raise StoreError(
+            f"the header of {building}/images.npy changes its length; delete {building} and open the store again"
+        )
+    images = np.memmap(building / "images.npy", np.uint8, "r+", len(before), (n_films, size, size))
     for row, source in enumerate(kept):
         if row != source:
             images[row] = images[source]
     images.flush()
     with open(building / "images.npy", "r+b") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(kept), size, size)}
-        np.lib.format.write_array_header_1_0(file, header)
-        if file.tell() != offset:
-            message = f"the header of {file.name} changed its length; delete {building} and open the store again"
-            raise StoreError(message)
-        file.truncate(offset + len(kept) * size * size)
+        file.write(header)
+        file.truncate(len(header) + len(kept) * size * size)
         os.fsync(file.fileno())
 
 
-def _results(tasks: list[tuple], workers: int) -> Iterator[tuple[list[int], dict[int, str]]]:
+def _results(tasks: list[tuple], workers: int) -> Iterator[tuple[dict[int, int], dict[int, str]]]:
     """Results of `_decode_chunk`, in any order."""
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from map(_decode_chunk, tasks)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        futures = [pool.submit(_decode_chunk, task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with spawned(workers) as pool:
+        futures = [pool.submit(_decode_alone, task) for task in tasks]
+        for future in as_completed(futures):
+            yield future.result()
 
 
-def _decode_chunk(task: tuple) -> tuple[list[int], dict[int, str]]:
-    """Decode films into their rows of the images file -> (rows tried, {row: reason} of the unreadable)."""
+def _decode_alone(task: tuple) -> tuple[dict[int, int], dict[int, str]]:
+    cv2.setNumThreads(1)  # each worker has a CPU
+    return _decode_chunk(task)
+
+
+def _decode_chunk(task: tuple) -> tuple[dict[int, int], dict[int, str]]:
+    """Decode films into their rows of the images file -> ({row: digest}, {row: reason} of the unreadable)."""
     images, offset, size, films = task
+    digests: dict[int, int] = {}
     failed: dict[int, str] = {}
     # pwrite and not a writable map: on a full disk it raises, where touching a mapped page would kill the process with
     # SIGBUS.
@@ -364,25 +494,18 @@ def _decode_chunk(task: tuple) -> tuple[list[int], dict[int, str]]:
     try:
         for row, path in films:
             try:
-                pixels = decode_film(Path(path).read_bytes(), size, os.path.splitext(path)[1])
-            except (OSError, ValueError) as error:
-                failed[row] = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+                pixels = np.ascontiguousarray(read_film(path, size))
+            except ValueError as error:
+                failed[row] = str(error)
                 continue
-            _write_at(file, np.ascontiguousarray(pixels).data.cast("B"), offset + row * size * size)
+            _write_at(file, pixels.data.cast("B"), offset + row * size * size)
+            digests[row] = _digest(pixels)
     finally:
         os.close(file)
-    return [row for row, _ in films], failed
+    return digests, failed
 
 
 def _write_at(file: int, data: memoryview, at: int) -> None:
     while len(data):
         written = os.pwrite(file, data, at)
         data, at = data[written:], at + written
-
-
-def _write_progress(path: Path, signatures: np.ndarray, done: np.ndarray) -> None:
-    progress = np.empty(len(done), [("signature", np.uint64), ("done", bool)])
-    progress["signature"], progress["done"] = signatures, done
-    buffer = io.BytesIO()
-    np.save(buffer, progress)
-    write_whole(path, buffer.getvalue(), sync=True)

@@ -19,7 +19,7 @@ ROWS = np.arange(3, 47)
 def make_store(size: int = SIZE) -> Store:
     images = np.random.default_rng(0).integers(0, 256, (N, size, size), np.uint8)
     films = pd.DataFrame({"image": [f"{i}.png" for i in range(N)], "split": "train"})
-    return Store(images, films, size, "fingerprint", [])
+    return Store(images, films, size, "fingerprint", [], np.zeros(N, np.uint64))
 
 
 STORE = make_store()
@@ -123,6 +123,26 @@ def test_a_training_film_from_the_formula():
         expected = np.stack([(x - m) / s for m, s in zip(MEAN, STD, strict=True)])
         assert np.abs(image.numpy() - expected).max() < 5e-6
         assert target.tolist() == TARGETS[row].tolist()
+
+
+def film_by_film(image: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
+    """The image (3, S, S) of one uint8 crop: the operations of a whole batch at once, which must stay."""
+    total = image.sum(1, dtype=torch.int32).sum(0, dtype=torch.int64)
+    mean = (total.double() / (255 * image.numel())).float()
+    offset = mean * (1 - contrast) + brightness
+    grey = torch.addcmul(offset[None, None], image.float(), (contrast / 255)[None, None]).clamp_(0, 1)
+    scale, offset = torch.tensor([1 / s for s in STD]), torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])
+    return torch.addcmul(offset, grey[..., None], scale).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("batch_size", [5, 8, 44])
+def test_training_films_to_the_last_bit(batch_size):
+    for row, (image, _) in by_film(training(batch_size=batch_size, jitter=0.3)).items():
+        u = film_draws(5, 2, np.array([row]), 5)
+        top, left = (u[:, :2] * (SIZE - CROP + 1)).astype(int).T
+        crop = gather_crops(STORE.images, np.array([row]), top, left, u[:, 2] < 0.5, CROP)[0]
+        shifts = torch.from_numpy((0.3 * (2 * u[0, 3:] - 1)).astype(np.float32))
+        assert torch.equal(image, film_by_film(torch.from_numpy(crop), shifts[0], 1 + shifts[1]))
 
 
 def test_without_flip_no_film_is_mirrored_and_nothing_else_changes():

@@ -1,12 +1,16 @@
 import errno
+import hashlib
+import io
 import json
 import multiprocessing
 import os
 import shutil
+import socket
 import struct
 import time
 import zlib
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +18,17 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 
-from lib.data import open_data
+from lib.data import decoding, open_data
 from lib.data import store as store_module
+from lib.data.decoding import decode_film, read_film, read_films
 from lib.data.reading import box_frame
-from lib.data.release import Release, problem_frame
-from lib.data.store import StoreError, decode_film, open_store
+from lib.data.release import Release, ReleaseError, problem_frame
+from lib.data.store import StoreError, open_store
 
 
 def film(i: int, size: int = 64) -> np.ndarray:
@@ -150,10 +159,10 @@ def test_unreadable_films_say_why(name):
         decode_film(data, 64)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", "", ".png.part"])
+@pytest.mark.parametrize("suffix", [".gif", "", ".png.part"])
 def test_the_suffix_says_what_a_film_must_be(suffix):
     assert (decode_film(WHOLE, 64, ".PNG") == film(7)).all()
-    with pytest.raises(ValueError, match="films are .png or .dcm"):
+    with pytest.raises(ValueError, match="films are .png, .jpg, .jpeg or .dcm"):
         decode_film(WHOLE, 64, suffix)
     with pytest.raises(ValueError, match="not a DICOM file"):
         decode_film(WHOLE, 64, ".dcm")
@@ -163,6 +172,161 @@ def test_a_film_whose_pixels_end_early_behind_sound_checksums():
     rows = zlib.compress(b"".join(b"\0" + bytes(64) for _ in range(20)))  # 20 of 64 rows
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode_film(png_of(b"\x08\0\0\0\0", chunk(b"IDAT", rows)), 64)
+
+
+def sized(width: int, height: int) -> bytes:
+    """A PNG whose header claims this size, behind a sound checksum."""
+    return WHOLE[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + b"\x08\0\0\0\0") + WHOLE[33:]
+
+
+def framed(width: int, height: int, data: bytes) -> bytes:
+    """A JPEG whose frame header claims this size."""
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+JPEG = cv2.imencode(".jpg", film(7))[1].tobytes()
+PROGRESSIVE = cv2.imencode(".jpg", film(7), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+HOSTILE = {
+    "huge.png": (sized(60000, 60000), "60000 x 60000 pixels; films have 16 to 8192"),
+    "long.png": (sized(64, 2**31 - 1), "64 x 2147483647 pixels"),
+    "none.png": (sized(0, 0), "0 x 0 pixels"),
+    "dot.png": (png(film(7, 1)), "1 x 1 pixels"),
+    "twice.png": (WHOLE[:33] + sized(60000, 60000)[8:33] + WHOLE[33:], "header is not one chunk"),
+    "late.png": (WHOLE[:8] + chunk(b"tEXt", b"a\0b") + WHOLE[8:], "header is not one chunk"),
+    "short.png": (WHOLE[:8] + chunk(b"IHDR", b"") + WHOLE[33:], "header is not one chunk"),
+    "depth.png": (WHOLE[:8] + chunk(b"IHDR", struct.pack(">II", 64, 64) + b"\x07\0\0\0\0") + WHOLE[33:], "decoded"),
+    "empty.jpg": (b"", "is empty"),
+    "png.jpg": (WHOLE, "not a JPEG"),
+    "begun.jpg": (JPEG[:3], "truncated"),
+    "half.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
+    "noend.jpeg": (JPEG[:-2], "truncated"),
+    "zeros.jpg": (JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2), "truncated"),
+    "huge.jpg": (framed(60000, 60000, JPEG), "60000 x 60000 pixels"),
+    "flat.jpg": (framed(64, 0, JPEG), "64 x 0 pixels"),
+    "oblong.JPG": (cv2.imencode(".jpg", film(7)[:, :50])[1].tobytes(), "not square"),
+    "scans.jpg": (PROGRESSIVE[:-2] + PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2] * 101, "more than 100 scans"),
+    "headless.jpg": (JPEG[:2] + b"\xff\xfe\0\x07hello\xff\xd9", "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_header_claims_is_checked_before_it_is_decoded(name):
+    data, reason = HOSTILE[name]
+    with pytest.raises(ValueError, match=reason):
+        decode_film(data, 64, os.path.splitext(name)[1])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_damage_meets_value_errors_alone(suffix):
+    whole, rng = {".png": WHOLE, ".jpg": JPEG}[suffix], np.random.default_rng(0)
+    for i in range(100):
+        data = bytearray(whole)
+        for at in rng.integers(2, len(data), 1 + i % 4):
+            data[at] = rng.integers(256)
+        try:
+            assert decode_film(bytes(data), 16, suffix).shape == (16, 16)
+        except ValueError:
+            pass
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG"])
+@pytest.mark.parametrize("options", [[], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]])
+def test_a_jpeg_is_read(suffix, options):
+    smooth = cv2.GaussianBlur(film(7), (0, 0), 4)
+    grey = cv2.imencode(".jpg", smooth, options)[1].tobytes()
+    colour = cv2.imencode(".jpg", np.dstack([smooth] * 3), options)[1].tobytes()
+    for data in (grey, colour, grey + b"what cameras append"):
+        assert np.abs(decode_film(data, 64, suffix).astype(int) - smooth).max() <= 4
+
+
+def test_a_jpeg_of_the_sample_is_its_grey_values():
+    """Three equal channels keep their value; against Pillow's decoder, which may round otherwise by one."""
+    smooth = cv2.GaussianBlur(film(8), (0, 0), 2)
+    data = io.BytesIO()
+    Image.fromarray(np.dstack([smooth] * 3)).save(data, "jpeg", quality=75)
+    other = np.asarray(Image.open(data).convert("L")).astype(int)
+    assert np.abs(decode_film(data.getvalue(), 64, ".jpg") - other).max() <= 1
+
+
+def test_an_orientation_that_a_header_proposes_is_not_applied():
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[274] = 6
+    Image.fromarray(film(7)).save(data, "jpeg", exif=exif, quality=100)
+    assert np.abs(decode_film(data.getvalue(), 64, ".jpg").astype(int) - film(7)).mean() < 3
+
+
+def dicom(syntax: str, pixels: bytes, side: int = 64) -> bytes:
+    """A DICOM film whose header claims 64 x 64 pixels of 8 bits, or another side."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = syntax, "1.2", "1.2.3"
+    file = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    file.Rows = file.Columns = side
+    file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, "MONOCHROME2", 0
+    file.BitsAllocated, file.BitsStored, file.HighBit = 8, 8, 7
+    file.PixelData = encapsulate([pixels]) if syntax == RLELossless else pixels
+    file["PixelData"].VR, file["PixelData"].is_undefined_length = "OB", syntax == RLELossless
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("side", [0, 1, 15, 8193, 60000])
+def test_the_size_that_a_dicom_header_claims(side):
+    with pytest.raises(ValueError, match=f"it has {side} x {side} pixels; films have 16 to 8192 a side"):
+        decode_film(dicom(ExplicitVRLittleEndian, film(7).tobytes(), side), 32, ".dcm")
+
+
+def test_what_a_dicom_stream_may_become(monkeypatch):
+    runs = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x07" * 50_000  # 6 MB of one grey
+    with pytest.raises(ValueError, match="64 x 64 pixels take 100,0.. bytes, though compressed"):
+        decode_film(dicom(RLELossless, runs), 32, ".dcm")
+    deflated = dicom(DeflatedExplicitVRLittleEndian, film(7).tobytes())
+    assert (decode_film(deflated, 64, ".dcm") == film(7)).all()
+    monkeypatch.setattr(decoding, "MAX_BYTES", 64 * 64)
+    with pytest.raises(ValueError, match="more than 4,096 bytes when inflated"):
+        decode_film(deflated, 64, ".dcm")
+
+
+def socket_at(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(path))
+
+
+NO_FILES = {
+    "pipe": (os.mkfifo, "it is a pipe, socket or device, not a file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "it is a pipe, socket or device, not a file"),
+    "folder": (os.mkdir, "it is a folder, not a file"),
+    "socket": (socket_at, "it is a pipe, socket or device, not a file"),
+    "dangling link": (lambda path: path.symlink_to("/nowhere/film.png"), "cannot be read .No such file"),
+    "looping link": (lambda path: path.symlink_to(path.name), "cannot be read .Too many levels"),
+    "vast file": (lambda path: path.open("wb").truncate(2**40), "1,099,511,627,776 bytes; films have at most"),
+    "of no size": (lambda path: path.symlink_to("/proc/self/maps"), "it is empty"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_only_regular_files_are_films(tmp_path, monkeypatch, kind):
+    make, reason = NO_FILES[kind]
+    monkeypatch.chdir(tmp_path)
+    release = release_of(Path("r"), films_of(3))
+    path = Path(release.films["path"][1])
+    path.unlink()
+    make(path)
+    with pytest.raises(ReleaseError, match=reason):
+        read_films([str(path)], 32)
+    with pytest.raises(StoreError, match=rf"00000001_000\.png: .*{reason}.*skip_bad_films"):
+        open_store(release, tmp_path / "s", 32, workers=1)
+    assert open_store(release, tmp_path / "s", 32, workers=1, on_unreadable="skip").unreadable == [path.name]
+    path.rmdir() if kind == "folder" else path.unlink()
+    path.write_bytes(png(film(1)))
+    assert open_store(release, tmp_path / "s", 32, workers=1, on_unreadable="skip").unreadable == []
+
+
+def test_a_pipe_that_takes_a_films_place_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="it is a pipe"):
+        read_film(tmp_path / "a.png", 32)
 
 
 # ---- building and reusing
@@ -225,6 +389,90 @@ def test_a_version_of_the_store_is_part_of_its_fingerprint(tmp_path, monkeypatch
     assert len(decoded) == 6
 
 
+@pytest.mark.parametrize("damage", [0, 1, 2])
+def test_damaged_pixels_are_refused(tmp_path, damage):
+    release, folder = release_of(tmp_path / "r", films_of(6)), tmp_path / "s"
+    store = open_store(release, folder, 32, workers=1)
+    pixels = np.load(folder / "images.npy", mmap_mode="r+")
+    if damage == 0:
+        pixels[3:] = 0
+    elif damage == 1:
+        pixels[5, 31, 31] ^= 1
+    else:
+        pixels[:2] = pixels[1::-1].copy()
+    pixels.flush()
+    number, first = [(3, 3), (1, 5), (2, 0)][damage]
+    message = rf"s is damaged: {number} of 6 films checked .* first is 0000000{first}_000\.png; delete that folder"
+    with pytest.raises(StoreError, match=message):
+        store.verify()  # of a store that was opened before
+    with pytest.raises(StoreError, match=message):
+        open_store(release, folder, 32, workers=1)
+    shutil.rmtree(folder)
+    assert open_store(release, folder, 32, workers=1).digest == store.digest
+
+
+def test_of_a_large_store_a_sample_is_checked_at_opening_and_all_on_request(tmp_path, monkeypatch):
+    release, folder = release_of(tmp_path / "r", films_of(21)), tmp_path / "s"
+    open_store(release, folder, 32, workers=1)
+    pixels = np.load(folder / "images.npy", mmap_mode="r+")
+    monkeypatch.setattr(store_module, "_CHECKED_BYTES", 5 * 32 * 32)  # films 0, 5, 10, 15 and 20
+    pixels[7] ^= 1
+    with pytest.raises(StoreError, match="1 of 21 films"):
+        open_store(release, folder, 32, workers=1).verify()
+    pixels[20] ^= 1
+    with pytest.raises(StoreError, match="1 of 5 films"):
+        open_store(release, folder, 32, workers=1)
+
+
+def test_the_digest_is_of_the_pixels_and_of_nothing_else(tmp_path):
+    files = films_of(5)
+    release = release_of(tmp_path / "r", files)
+    store = open_store(release, tmp_path / "s", 32, workers=1)
+    expected = [hashlib.blake2b(decode_film(data, 32).tobytes(), digest_size=8).digest() for data in files.values()]
+    assert store.digests.astype("<u8").tobytes() == b"".join(expected)
+    for i, path in enumerate(release.films["path"]):
+        os.utime(path, ns=(0, (5 + i) * 10**9))
+    touched = open_store(release, tmp_path / "s2", 32, workers=2)
+    assert touched.fingerprint != store.fingerprint and touched.digest == store.digest
+    turned = release_of(tmp_path / "r", dict(reversed(files.items())))
+    other = release_of(tmp_path / "r2", files | {"00000003_000.png": png(film(99))})
+    stores = [open_store(turned, tmp_path / "s3", 32), open_store(other, tmp_path / "s4", 32)]
+    stores.append(open_store(release, tmp_path / "s5", 40))
+    assert len({store.digest, *(each.digest for each in stores)}) == 4
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "3", "[" * 100_000, "\udcff", '{"unreadable": 3}', "of the version before", "a word"]
+)
+def test_a_damaged_record_of_a_store_is_no_record(tmp_path, content, decoded):
+    release = release_of(tmp_path / "r", films_of(4) | {"bad.png": b""})
+    path = tmp_path / "s" / "store.json"
+    open_store(release, path.parent, 32, workers=1, on_unreadable="skip")
+    manifest = json.loads(path.read_text())
+    if content == "of the version before":
+        content = json.dumps({key: value for key, value in manifest.items() if key not in ("digests", "checksum")})
+    elif content == "a word":  # rows would belong to other films
+        content = path.read_text().replace('"bad.png"', '"00000000_000.png"')
+    path.write_text(content, errors="surrogateescape")
+    store = open_store(release, path.parent, 32, workers=1, on_unreadable="skip")
+    assert store.unreadable == ["bad.png"] and len(decoded) == 10 and json.loads(path.read_text()) == manifest
+
+
+@pytest.mark.parametrize("name", ["store.json", "images.npy"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name)])
+def test_what_stands_in_a_files_place(tmp_path, name, make, decoded):
+    release, path = release_of(tmp_path / "r", films_of(4)), tmp_path / "s" / name
+    expected = open_store(release, tmp_path / "s", 32, workers=1).images.copy()
+    path.unlink()
+    make(path)
+    if make is os.mkdir:
+        with pytest.raises(StoreError, match=rf"cannot be written \(Is a directory at .*{name}\); delete what is in"):
+            open_store(release, tmp_path / "s", 32, workers=1)
+        assert len(decoded) == 4  # said before any work
+        path.rmdir()
+    assert (open_store(release, tmp_path / "s", 32, workers=1).images == expected).all()
+
+
 @pytest.mark.parametrize("damage", ["no json", "half json", "no images", "short images", "no header", "other size"])
 def test_a_damaged_store_is_built_again(tmp_path, damage, decoded):
     release = release_of(tmp_path / "r", films_of(4))
@@ -248,7 +496,7 @@ def test_a_read_only_store_can_be_used(tmp_path, monkeypatch):
     release = release_of(tmp_path / "r", films_of(3))
     open_store(release, tmp_path / "s", 32, workers=1)
     (tmp_path / "s" / "lock").unlink()
-    monkeypatch.setattr(store_module, "_lock", lambda folder: pytest.fail("a finished store needs no lock"))
+    monkeypatch.setattr(store_module, "exclusive", lambda *_: pytest.fail("a finished store needs no lock"))
     open_store(release, tmp_path / "s", 32, workers=1)
 
 
@@ -287,8 +535,10 @@ def partial_build(tmp_path: Path, release: Release, done: int) -> Path:
     images = whole.images.copy()
     images[done:] = 0
     np.save(folder / "building" / "images.npy", images)
-    signatures = store_module._signatures(release.films)
-    store_module._write_progress(folder / "building" / "progress.npy", signatures, np.arange(len(images)) < done)
+    progress = np.empty(len(images), store_module._PROGRESS)
+    progress["signature"], _ = store_module._signatures(release.films)
+    progress["digest"], progress["done"] = whole.digests, np.arange(len(images)) < done
+    np.save(folder / "building" / "progress.npy", progress)
     return folder
 
 
@@ -300,6 +550,41 @@ def test_resuming_decodes_a_film_again_that_changed_meanwhile(tmp_path, decoded)
     store = open_store(release_of(tmp_path / "r", files), folder, 32, workers=1)
     assert decoded == [f"{i:08d}_000.png" for i in (2, 6, 7, 8, 9)]
     assert all((store.images[i] == decode_film(data, 32)).all() for i, data in enumerate(files.values()))
+
+
+def test_resuming_decodes_a_film_again_whose_pixels_were_damaged_meanwhile(tmp_path, decoded):
+    release = release_of(tmp_path / "r", films_of(10))
+    folder = partial_build(tmp_path, release, 6)
+    np.load(folder / "building" / "images.npy", mmap_mode="r+")[4, 0, 0] ^= 1
+    decoded.clear()
+    store = open_store(release, folder, 32, workers=1)
+    assert decoded == [f"{i:08d}_000.png" for i in (4, 6, 7, 8, 9)]
+    store.verify()
+    assert all((store.images[i] == decode_film(png(film(i)), 32)).all() for i in range(10))
+
+
+def zip_bytes() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(2))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", zip_bytes(), "folder", "claim", "version before"])
+def test_a_damaged_record_of_progress_starts_again(tmp_path, content, decoded):
+    release = release_of(tmp_path / "r", films_of(10))
+    folder = partial_build(tmp_path, release, 6)
+    path = folder / "building" / "progress.npy"
+    progress = np.load(path)
+    if content == "folder":
+        path.unlink()
+        path.mkdir()
+    elif content == "version before":
+        np.save(path, progress[["signature", "done"]])
+    else:
+        path.write_bytes(path.read_bytes().replace(b"(10,)", b"(10000000000000,)") if content == "claim" else content)
+    decoded.clear()
+    store = open_store(release, folder, 32, workers=1)
+    assert len(decoded) == 10 and (store.images[7] == decode_film(png(film(7)), 32)).all()
 
 
 @pytest.mark.parametrize("damage", ["progress", "other progress", "images", "no images", "size"])
@@ -447,15 +732,14 @@ def test_not_one_readable_film(tmp_path):
 
 def test_killed_while_the_gaps_are_closed(tmp_path, monkeypatch, decoded):
     release = release_of(tmp_path / "r", {"bad.png": b""} | films_of(10))
-    write_header = np.lib.format.write_array_header_1_0
 
     def die(*_):
         raise Killed
 
-    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", die)
-    with pytest.raises(Killed):
-        open_store(release, tmp_path / "s", 32, workers=1, on_unreadable="skip")
-    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", write_header)
+    with monkeypatch.context() as patch:
+        patch.setattr(np.memmap, "flush", die)
+        with pytest.raises(Killed):
+            open_store(release, tmp_path / "s", 32, workers=1, on_unreadable="skip")
     assert not (tmp_path / "s" / "store.json").exists()
     store = open_store(release, tmp_path / "s", 32, workers=1, on_unreadable="skip")
     assert all((store.images[i] == decode_film(png(film(i)), 32)).all() for i in range(10)) and len(decoded) == 22
@@ -464,8 +748,40 @@ def test_killed_while_the_gaps_are_closed(tmp_path, monkeypatch, decoded):
 def test_a_film_that_vanished(tmp_path):
     release = release_of(tmp_path / "r", films_of(3))
     os.remove(release.films["path"][1])
-    with pytest.raises(StoreError, match=r"1 films cannot be found: .*00000001_000\.png; read the release again"):
+    with pytest.raises(
+        StoreError,
+        match=r"1 of 3 films are unreadable: .*00000001_000\.png: it cannot be read .No such file.*skip_bad_films",
+    ):
         open_store(release, tmp_path / "s", 32, workers=1)
+
+
+def test_names_of_films_need_not_be_names_of_files(tmp_path):
+    release = release_of(tmp_path / "r", films_of(3) | {"bad.jpg": b""})
+    release = replace(release, films=release.films.assign(image=["a", "b", "c", "d"]))
+    store = open_store(release, tmp_path / "s", 32, workers=1, on_unreadable="skip")
+    assert store.unreadable == ["d"] and store.films["image"].tolist() == ["a", "b", "c"]
+
+
+def test_a_name_cannot_write_on_the_terminal(tmp_path):
+    release = release_of(tmp_path / "r", films_of(3) | {"ä\n\x1b[31m.png": b""})
+    with pytest.raises(StoreError, match="1 of 4 films are unreadable") as caught:
+        open_store(release, tmp_path / "s", 32, workers=1)
+    assert str(caught.value).isprintable() and r"ä\n\x1b[31m.png: it is empty" in str(caught.value)
+
+
+def test_films_of_one_grey_and_repeated_films_are_remarked(tmp_path):
+    black, white = (png(np.full((64, 64), grey, np.uint8)) for grey in (0, 255))
+    files = films_of(4) | {"black.png": black, "again.png": png(film(2)), "black2.png": black}
+    files |= {"there.png": png(film(1)), "white.png": white}
+    store = open_store(release_of(tmp_path / "r", files), tmp_path / "s", 32, workers=1)
+    assert store.remarks() == [
+        ("film of one grey", "black.png", "every pixel is 0"),
+        ("film repeated", "again.png", "the same pixels as 00000002_000.png"),
+        ("film of one grey", "black2.png", "every pixel is 0"),
+        ("film repeated", "there.png", "the same pixels as 00000001_000.png; that is a train film, this a test film"),
+        ("film of one grey", "white.png", "every pixel is 255"),
+    ]
+    assert open_store(release_of(tmp_path / "r2", films_of(4)), tmp_path / "s2", 32, workers=1).remarks() == []
 
 
 # ---- disk
@@ -475,19 +791,31 @@ def test_too_little_room_is_said_before_any_work(tmp_path, monkeypatch, decoded)
     release = release_of(tmp_path / "r", films_of(3))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(StoreError, match="needs 0.00 GiB in .*make room"):
+    with pytest.raises(StoreError, match="needs 0.00 GiB in .*, and 64 MiB to spare, .*make room"):
         open_store(release, tmp_path / "s", 32, workers=1)
     assert decoded == [] and not list((tmp_path / "s" / "building").iterdir())
 
 
-def test_a_quota_is_said_before_any_work(tmp_path, monkeypatch, decoded):
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG, errno.ENOSPC])
+def test_a_quota_is_said_before_any_work(tmp_path, monkeypatch, decoded, number):
     def full(*_):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(StoreError, match="make room"):
+    with pytest.raises(StoreError, match=rf"make room .*\({os.strerror(number)}\)"):
         open_store(release_of(tmp_path / "r", films_of(3)), tmp_path / "s", 32, workers=1)
     assert decoded == []
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_record_of_progress_that_cannot_be_written(tmp_path, monkeypatch, number):
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store_module, "write_whole", full)
+    said = "cannot be written" if number == errno.EIO else "is full; make room and open the store again: it resumes"
+    with pytest.raises(StoreError, match=rf"{said} \({os.strerror(number)}\)"):
+        open_store(release_of(tmp_path / "r", films_of(3)), tmp_path / "s", 32, workers=1)
 
 
 def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
@@ -520,6 +848,35 @@ def test_a_worker_that_was_killed(tmp_path, monkeypatch):
         open_store(release, tmp_path / "s", 32, workers=1)
     monkeypatch.setattr(store_module, "_results", results)
     assert len(open_store(release, tmp_path / "s", 32, workers=1).images) == 3
+
+
+def test_a_process_that_runs_out_of_memory(tmp_path, monkeypatch):
+    def broken(task):
+        raise MemoryError
+
+    monkeypatch.setattr(store_module, "_decode_chunk", broken)
+    with pytest.raises(StoreError, match="out of memory"):
+        open_store(release_of(tmp_path / "r", films_of(3)), tmp_path / "s", 32, workers=1)
+
+
+@pytest.mark.parametrize(("place", "folder"), [("s", "s"), ("s", "s/below"), ("s/building", "s")])
+def test_a_file_in_a_folders_place(tmp_path, place, folder):
+    release = release_of(tmp_path / "r", films_of(1))
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("mine")
+    with pytest.raises(StoreError, match=f"{folder} holds no store of this release and cannot be written"):
+        open_store(release, tmp_path / folder, 32, workers=1)
+    assert (tmp_path / place).read_text() == "mine"
+
+
+def test_a_folder_may_be_a_link_but_no_loop(tmp_path):
+    release = release_of(tmp_path / "r", films_of(1))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StoreError, match="loop holds no store of this release and cannot be written"):
+        open_store(release, tmp_path / "loop", 32, workers=1)
+    (tmp_path / "link").symlink_to(tmp_path / "other" / "disk")
+    open_store(release, tmp_path / "link", 32, workers=1)
+    assert (tmp_path / "other" / "disk" / "store.json").exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -558,7 +915,7 @@ def test_open_data_gives_a_release_whose_films_are_those_of_the_store(tmp_path):
     (root / "test_list.txt").write_text("\n".join(names[7:]))
     for i, name in enumerate(names):
         if i != 2:
-            (root / "images" / name).write_bytes(WHOLE[:100] if i in (0, 8) else png(film(i)))
+            (root / "images" / name).write_bytes(WHOLE[:100] if i in (0, 8) else png(film(3 if i == 4 else i)))
     parameters = {"release": "nih", "store_size": 32, "validation_fraction": 0.3, "skip_bad_films": True}
     study = SimpleNamespace(**parameters, release_folder=root, store_folder=tmp_path / "s")
     for _ in range(2):  # built, then reused
@@ -567,6 +924,7 @@ def test_open_data_gives_a_release_whose_films_are_those_of_the_store(tmp_path):
         assert set(release.boxes["image"]) == set(release.films["image"]) == set(names) - {names[0], names[2], names[8]}
         for pixels, path in zip(store.images, release.films["path"], strict=True):
             assert (pixels == decode_film(Path(path).read_bytes(), 32)).all()
+        assert release.problems.iloc[-1].tolist() == ["film repeated", names[4], f"the same pixels as {names[3]}"]
         left_out = release.problems[release.problems["kind"].isin(["film missing", "film left out"])]
         assert left_out["item"].tolist() == [names[2], names[0], names[8]]
         assert left_out["detail"].tolist()[1:] == ["unreadable"] * 2
