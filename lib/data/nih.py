@@ -2,8 +2,8 @@
 before any work."""
 
 import math
-import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
@@ -21,6 +21,8 @@ _HEADER = "Image Index|Finding Labels|Follow-up #|Patient ID|Patient Age|Patient
 _COLUMNS = dict(zip("image labels follow_up patient age sex view".split(), _HEADER))
 _YEARS = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 _OLDEST = 120
+_NOBODY = ("nan", "none", "null", "na", "n/a", "<na>", "#n/a")
+_NIH_NAME = re.compile(r"(000[0-9]{5})_[0-9]{3}\.png", re.I)  # of patient; a date, as of own films, begins otherwise
 
 
 def read_release(
@@ -31,6 +33,12 @@ def read_release(
     Expects `Data_Entry_2017*.csv` (either header generation), `train_val_list.txt`, `test_list.txt`, the films in
     `images/`, `images_*/` or `images_*/images/`, and, if there is one, `BBox_List_2017*.csv`. No film is opened.
 
+    A film lies under its Image Index, as .png, .jpg or .jpeg; where several files have that stem, the one in the
+    earlier folder is used, of one folder .png before .jpg before .jpeg, and the others are noted.
+
+    A patient is one person whatever the spelling of a number ('00000001', '1' and '1.0'), and must be the one that the
+    name of a film says where it has the form of NIH's, 00000001_000.png; other names say nothing.
+
     Parameters
     ----------
     validation_fraction : float in (0, 1)
@@ -38,9 +46,10 @@ def read_release(
     seed : int
         Of the draw of validation patients.
     on_missing : 'error' or 'skip'
-        What to do where one part names a film that another part lacks: a film without its file, a listed film without a
-        row in Data_Entry, a box for an unknown film. 'skip' goes on without them and notes each in `problems`. Films in
-        neither list are always left out and noted.
+        What to do where one part names a film that another part lacks: a film without its file (a link that leads to
+        none counts as missing), a listed film without a row in Data_Entry, a box for an unknown film. 'skip' goes on
+        without them and notes each in `problems`, unless all are missing. Films in neither list are always left out and
+        noted.
 
     Returns
     -------
@@ -52,8 +61,8 @@ def read_release(
     ------
     ReleaseError
         Missing, empty or malformed files, unknown labels, 'No Finding' beside a finding, paths in Image Index, repeated
-        films, films or patients on both sides of the split, empty splits, boxes without area or wholly outside their
-        film.
+        films, Patient IDs that are no id, two spellings of one, or not the one of the film's name, films or patients on
+        both sides of the split, empty splits, boxes without area, wholly outside their film or larger than two.
     """
     advice = "give the folder that holds Data_Entry_2017*.csv, the two lists and images/"
     root = reading.open_root(root, advice, on_missing, validation_fraction=validation_fraction)
@@ -70,10 +79,11 @@ def read_release(
     _require_splits(films, root)
 
     box_file = reading.find_file(root, "BBox_List_2017*.csv", required=False)
-    if box_file is None:
-        detail = "not in the release: everything that needs boxes is unavailable"
-        problems.append(("no boxes", "BBox_List_2017.csv", detail))
     boxes = read_boxes(box_file, films, known, on_missing, problems) if box_file else reading.box_frame([])
+    if boxes.empty:
+        fault = "has no box of a film that is used" if box_file else "not in the release"
+        detail = f"{fault}: everything that needs boxes is unavailable"
+        problems.append(("no boxes", box_file.name if box_file else "BBox_List_2017.csv", detail))
 
     release = Release(root, films, boxes, problem_frame(problems))
     positives = pd.DataFrame(release.targets, columns=CLASSES).groupby(films["split"]).sum().T.unstack()
@@ -92,45 +102,96 @@ def read_entries(path: Path, problems: list) -> pd.DataFrame:
     names = ["Patient Gender" if name == "Patient Sex" else name for name in header]
     absent = [name for name in _HEADER if name not in names]
     if absent:
+        has = reading.some(filter(None, header), 12)
         raise ReleaseError(
-            f"{path} lacks the columns {', '.join(absent)} in its first line; it has {', '.join(filter(None, header))}"
+            f"{path} lacks the columns {', '.join(absent)} in its first line; it has {has}; copy it again from the "
+            "release, with commas between its cells"
+        )
+    twice = [name for name in _HEADER if names.count(name) > 1]
+    if twice:
+        raise ReleaseError(
+            f"{path} has the columns {', '.join(twice)} twice in its first line (Patient Sex is Patient Gender); keep "
+            "one of each"
         )
     place = {key: names.index(name) for key, name in _COLUMNS.items()}
 
     rows, faults, seen = [], [], {}
+    spellings: dict[str, tuple[str, int]] = {}
     for number, cells in lines:
-        if len(cells) <= max(place.values()):
-            faults.append(f"row {number} has {len(cells)} cells, too few")
+        if len(cells) <= max(place.values()) or any(cells[len(header) :]):
+            faults.append(f"row {number} has {len(cells)} cells, but the first line {len(header)}")
             continue
         row = {key: cells[column] for key, column in place.items()}
-        image, patient, follow_up = row["image"], row["patient"], row["follow_up"].removesuffix(".0")
+        image, follow_up = row["image"], re.fullmatch(r"([0-9]{1,9})(\.0)?", row["follow_up"])
         labels, label_fault = _parse_labels(row["labels"], image, problems)
         fault = _name_fault(image)
-        if not fault and image in seen:
-            fault = f"{image} is there already, in row {seen[image]}"
-        if not fault and not patient:
-            fault = f"{image} has no Patient ID"
-        fault = fault or label_fault
-        if not fault and not follow_up.isdigit():
-            fault = f"Follow-up # {row['follow_up']!r} of {image} is not a number"
+        first = seen.setdefault(reading.spelling(image), number)
+        if not fault and first != number:
+            fault = f"{image} is there already, in row {first} (in capitals or small letters)"
+        patient, patient_fault = _parse_patient(row["patient"], image)
+        fault = fault or patient_fault or label_fault
+        if not fault and not follow_up:
+            fault = f"Follow-up # {row['follow_up']!r} of {image} is not a number (0, 1, 2, ...)"
+        other, first = spellings.setdefault(_patient_key(patient), (patient, number))
+        if not fault and other != patient:
+            fault = f"Patient ID {patient!a} of {image} and {other!a} in row {first} are one in two spellings"
         if fault:
             faults.append(f"row {number}: {fault}")
             continue
-        seen[image] = number
-        # '00000001' and '1' are one patient: a zero-padded id must not carry a patient across the split unseen.
-        patient = patient.lstrip("0") or "0" if patient.isdigit() else patient
         age = _parse_age(row["age"], image, problems)
-        rows.append(row | {"labels": labels, "follow_up": int(follow_up), "age": age, "patient": patient})
+        rows.append((image, labels, int(follow_up[1]), patient, age, row["sex"], row["view"]))
     reading.require(faults, path, "Correct or remove these rows.")
-    return pd.DataFrame(rows)
+    films = pd.DataFrame(rows, columns=list(_COLUMNS))
+    _note_patients(films, problems)
+    return films
+
+
+def _note_patients(films: pd.DataFrame, problems: list) -> None:
+    """Add what hints at two persons under one Patient ID to `problems`: two sexes, or an age that falls."""
+    named = films[films["sex"] != ""].groupby("patient")["sex"]
+    sexes = named.nunique()
+    problems += reading.notes("patient of two sexes", sexes.index[sexes > 1], "one Patient ID, two in Patient Gender")
+    aged = films[["patient", "follow_up", "age"]].dropna().sort_values(["patient", "follow_up"], kind="stable")
+    fall = aged.groupby("patient")["age"].diff() < -1
+    detail = "younger by more than a year at a later Follow-up #"
+    problems += reading.notes("age falls", aged["patient"][fall].unique(), detail)
+
+
+def _parse_patient(text: str, image: str) -> tuple[str, str | None]:
+    """(Patient ID, what is wrong with it or None).
+
+    '1', '00000001' and pandas' '1.0' are one patient, '1': another spelling must not carry a patient across the split
+    unseen. For the same reason other spellings of numbers are refused, and a number that is not the one of a film named
+    as NIH names them.
+    """
+    if not text or text.lower() in _NOBODY:
+        return text, f"{image} has no Patient ID" + (f" ({text!r})" if text else "")
+    if match := re.fullmatch(r"0*([0-9]+)(\.0)?", text):
+        text = match[1]
+    elif re.fullmatch(r"[-+]?(inf(inity)?|\d*[.,]?\d*(e[-+]\d+)?)", unicodedata.normalize("NFKC", text), re.I):
+        return text, f"Patient ID {text!r} of {image} is a number, but not written with the digits 0 to 9 alone"
+    elif not text.isprintable():
+        return text, f"Patient ID {text!r} of {image} has a character that cannot be seen"
+    if (named := _NIH_NAME.fullmatch(image)) and text != str(int(named[1])):
+        return text, f"Patient ID {text!r} of {image} is not the {int(named[1])} that its name says"
+    return text, None
+
+
+def _patient_key(patient: str) -> str:
+    """The same for ids that are spellings of one, see `reading.spelling`; '1e2' is 100, as far as it can be written."""
+    key = reading.spelling(patient)
+    if match := re.fullmatch(r"([0-9]{1,15})e([0-9]{1,2})", key):
+        key = str(int(match[1]) * 10 ** int(match[2]))
+    return key
 
 
 def _name_fault(name: str) -> str | None:
     """What is wrong with an Image Index, or None."""
     if "/" in name or "\\" in name:
-        return f"Image Index {name!r} has a path in it; write the bare file name"
-    if not name.lower().endswith(".png") or len(name) < 5:
-        return f"Image Index {name!r} is not the name of a .png file"
+        return f"Image Index {reading.cut(repr(name))} has a path in it; write the bare file name"
+    if not name.lower().endswith(".png") or len(name) < 5 or not name.isprintable():
+        shown = reading.cut(repr(name))
+        return f"Image Index {shown} is not the name of a .png file (which the film itself may lack: .jpg will do)"
     return None
 
 
@@ -143,7 +204,7 @@ def _parse_labels(text: str, image: str, problems: list) -> tuple[str, str | Non
     names = [_ALIASES.get(name, name) for name in said]
     for name in names:
         if name not in CLASSES:
-            return text, f"unknown label {name!r} of {image}; the labels are {', '.join(CLASSES)}"
+            return text, f"unknown label {reading.cut(repr(name))} of {image}; the labels are {', '.join(CLASSES)}"
     if len(set(names)) < len(names):
         problems.append(("label repeated", image, text))
         names = list(dict.fromkeys(names))
@@ -153,7 +214,7 @@ def _parse_labels(text: str, image: str, problems: list) -> tuple[str, str | Non
 
 
 def _parse_age(text: str, image: str, problems: list) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([YMWD]?)", text.upper())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([YMWD]?)", text.upper())
     age = float(match[1]) * _YEARS[match[2]] if match else math.nan
     if not age <= _OLDEST:
         problems.append(("age impossible", image, f"{text!r} read as unknown"))
@@ -165,6 +226,7 @@ def read_list(path: Path, problems: list) -> list[str]:
     """The film names of a list, one a line, each once; repeated lines are added to `problems`."""
     lines = reading.read_lines(path)
     faults = [f"row {number}: {fault}" for number, cells in lines if (fault := _name_fault(cells[0]))]
+    faults += [f"row {number} has more than a film name: {cells[1]!r}" for number, cells in lines if any(cells[1:])]
     reading.require(faults, path, "One film name a line.")
     if not lines:
         raise ReleaseError(f"{path} is empty; copy it again from the release")
@@ -186,11 +248,14 @@ def read_names(path: str | Path, known: Collection[str]) -> set[str]:
     reading.require(faults, path, "One film name a line.")
     if not lines:
         raise ReleaseError(f"{path} is empty; it must name one film a line")
+    known = set(known)
     names = [cells[0].split()[0] for _, cells in lines]
-    bare = {name.rsplit("/", 1)[-1] for name in names}
+    bare = {re.split(r"[/\\]", name)[-1] for name in names}
+    bare |= {whole for _, cells in lines if (whole := re.split(r"[/\\]", cells[0])[-1]) in known}  # names with blanks
     if bare.isdisjoint(known):
         raise ReleaseError(
-            f"{path} names no film of this release; it begins with {names[0]!r}, the release has {min(known)!r}"
+            f"{path} names no film of this release; it begins with {reading.cut(repr(names[0]))}, the release has "
+            f"{min(known)!r}"
         )
     return bare
 
@@ -212,14 +277,17 @@ def read_boxes(path: Path, films: pd.DataFrame, known: set[str], on_missing: str
     # Read by position: the header is 'Bbox [x,y,w,h],,,' and its empty tail has no values beneath it.
     if header[:2] != ["Image Index", "Finding Label"] or len(header) < 6 or not header[2].startswith("Bbox"):
         raise ReleaseError(
-            f"{path} must begin with 'Image Index,Finding Label,Bbox [x,y,w,h]'; it begins with {','.join(header)!r}"
+            f"{path} must begin with 'Image Index,Finding Label,Bbox [x,y,w,h]'; it begins with "
+            f"{reading.cut(repr(','.join(header)))}; copy it again from the release"
         )
     labels = dict(zip(films["image"], films["labels"]))
     boxes, faults, aliases = {}, [], Counter()
     for number, cells in lines[1:]:
         try:
             image, said = cells[:2]
-            x, y, w, h = sides = [float(cell) for cell in cells[2:6]]
+            if any(cells[6:]):
+                raise ValueError
+            x, y, w, h = sides = reading.numbers(cells[2:6])
         except ValueError:
             faults.append(f"row {number} is not a film, a label and four numbers")
             continue
@@ -264,12 +332,15 @@ def _assign_lists(root: Path, images: pd.Series, entry_file: Path, on_missing: s
             f"{root}: {len(both)} films are in train_val_list.txt and in test_list.txt: {reading.some(both)}. "
             "Remove them from one of the two."
         )
+    if len(test) > len(train_val):
+        detail = f"names {len(test)} films, train_val_list.txt {len(train_val)}: are the two swapped?"
+        problems.append(("test larger than train", "test_list.txt", detail))
     listed = dict.fromkeys(train_val, "train") | dict.fromkeys(test, "test")
     known = set(images)
     unknown = [name for name in listed if name not in known]
     fault = f"films of train_val_list.txt and test_list.txt have no row in {entry_file}"
     cure = "Take lists and csv from the same release"
-    reading.require_all(unknown, on_missing, fault, cure, "these films")
+    reading.require_all(unknown, len(listed), on_missing, fault, cure, "these films")
     problems += reading.notes("listed film without a row", unknown, f"not in {entry_file.name}: left out")
     split = images.map(listed).fillna("")
     unlisted = "in neither train_val_list.txt nor test_list.txt: left out"
@@ -278,8 +349,7 @@ def _assign_lists(root: Path, images: pd.Series, entry_file: Path, on_missing: s
 
 
 def _locate(root: Path, films: pd.DataFrame, on_missing: str, problems: list) -> pd.DataFrame:
-    """Films with their paths. Each folder is listed once: 112,120 single look-ups would cost minutes on a network
-    disk."""
+    """Films with their paths."""
     parents = [root / "images", *sorted(root.glob("images_*"))]
     folders = [folder for parent in parents for folder in (parent, parent / "images") if folder.is_dir()]
     if not folders:
@@ -287,19 +357,14 @@ def _locate(root: Path, films: pd.DataFrame, on_missing: str, problems: list) ->
             f"{root} has no folder of films; put them in images/, or in images_001/images/ to images_012/images/ as "
             "released"
         )
-    paths: dict[str, str] = {}
-    for folder in folders:
-        with os.scandir(folder) as entries:
-            found = {entry.name: entry.path for entry in entries if entry.name.lower().endswith(".png")}
-        if again := len(found.keys() & paths.keys()):
-            where = folder.relative_to(root).as_posix()
-            problems.append(("film found twice", where, f"{again} films are in an earlier folder too, which is used"))
-        paths = found | paths
-    films = films.assign(path=films["image"].map(paths))
+    paths = reading.find_films(root, folders, [".png", ".jpg", ".jpeg"], problems)
+    films = films.assign(path=[paths.get(name[: -len(".png")]) for name in films["image"]])
     missing = list(films["image"][films["path"].isna()])
     where = reading.some((folder.relative_to(root).as_posix() for folder in folders), 12)
     fault = f"of {len(films)} films are missing from {where} under {root}"
-    reading.require_all(missing, on_missing, fault, "Complete the download", "these films")
+    reading.require_all(
+        missing, len(films), on_missing, fault, "Complete the download (a link must lead to its film)", "these films"
+    )
     problems += reading.notes("film missing", missing, "no such file: left out")
     return films.dropna(subset="path")
 
@@ -320,7 +385,7 @@ def _require_splits(films: pd.DataFrame, root: Path) -> None:
         if split not in set(films["split"]):
             raise ReleaseError(
                 f"{root}: the {split} split is empty; {name} must name films that are on disk, from more than one "
-                "patient"
+                "patient (the only one of a class is never drawn for val)"
             )
 
 
@@ -338,14 +403,14 @@ def _draw_validation(films: pd.DataFrame, fraction: float, seed: int) -> pd.Seri
     sizes = pool.groupby("patient").size().loc[order].to_numpy()
     positives = pool["labels"].str.get_dummies("|").groupby(pool["patient"]).max().loc[order].to_numpy()
     room = max(1, round(fraction * len(pool)))
-    left, chosen = positives.sum(axis=0), np.zeros(len(order), bool)
+    left, chosen, n_chosen = positives.sum(axis=0), np.zeros(len(order), bool), 0
 
     def movable(i: int) -> bool:  # never the last patient, nor the last one of a class
-        return not chosen[i] and chosen.sum() < len(order) - 1 and bool(np.all(left[positives[i] > 0] > 1))
+        return not chosen[i] and n_chosen < len(order) - 1 and bool(np.all(left[positives[i] > 0] > 1))
 
     def move(i: int) -> None:
-        nonlocal room, left
-        chosen[i], room, left = True, room - sizes[i], left - positives[i]
+        nonlocal n_chosen, room, left
+        chosen[i], n_chosen, room, left = True, n_chosen + 1, room - sizes[i], left - positives[i]
 
     for column in np.argsort(left, kind="stable"):
         candidates = [i for i in np.flatnonzero(positives[:, column]) if movable(i)]

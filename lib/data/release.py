@@ -23,12 +23,25 @@ FILM_COLUMNS = ("image", "patient", "age", "sex", "view", "follow_up", "labels",
 
 
 class ReleaseError(ValueError):
-    """A release that cannot be used as it is; the message names the file, the rows and what to do."""
+    """A release that cannot be used as it is; the message names the file, the rows and what to do, on one line: see
+    `printable`."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Text with every character that cannot be shown as an escape: names and cells of a release may hold line ends,
+    terminal sequences or bytes that are no text."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def problem_frame(problems: list[tuple[str, str, str]]) -> pd.DataFrame:
-    """The table `Release.problems` of (kind, item, detail)."""
-    return pd.DataFrame(problems, columns=["kind", "item", "detail"], dtype="str")
+    """The table `Release.problems` of (kind, item, detail), each `printable`."""
+    rows = [tuple(map(printable, problem)) for problem in problems]
+    return pd.DataFrame(rows, columns=["kind", "item", "detail"], dtype="str")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 classes."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -33,7 +32,7 @@ def read_rsna(
     Expects `stage_2_train_labels.csv`, the films `stage_2_train_images/<patientId>.dcm` and, if there is one,
     `stage_2_detailed_class_info.csv`. Both csv files hold one row a box, so that a patient with three boxes stands
     there three times: rows are gathered by patient before anything is divided. A patient is one film (the DICOM
-    header's PatientID is the same id).
+    header's PatientID is the same id). '.dcm' may be in capitals.
 
     No film is opened: that takes minutes, and the store opens each anyway. So age is NaN and sex and view are '',
     though the DICOM headers have them.
@@ -47,9 +46,9 @@ def read_rsna(
     seed : int
         Of the draw.
     on_missing : 'error' or 'skip'
-        What to do with a patient who has no DICOM file, or none of the detailed classes. 'skip' goes on without that
-        film, or without its detailed class, and notes it in `problems`. Films without a row in the labels are always
-        left out and noted.
+        What to do with a patient who has no DICOM file (a link that leads to none counts as missing), or none of the
+        detailed classes. 'skip' goes on without that film, or without its detailed class, and notes it in `problems`,
+        unless all patients lack it. Films without a row in the labels are always left out and noted.
 
     Returns
     -------
@@ -156,9 +155,9 @@ def _read_rows(path: Path, columns: tuple[str, ...]) -> tuple[list[tuple[int, di
         row = dict(zip(header, cells))
         if len(cells) != len(header):
             faults.append(f"row {number} has {len(cells)} cells, not {len(header)}")
-        elif not row["patientId"] or "/" in row["patientId"] or "\\" in row["patientId"]:
-            fault = f"patientId {row['patientId']!r} is not the name of a film (without folder and .dcm)"
-            faults.append(f"row {number}: {fault}")
+        elif not row["patientId"].isprintable() or set(row["patientId"]) <= {"."} or set("/\\") & set(row["patientId"]):
+            name = reading.cut(repr(row["patientId"]))
+            faults.append(f"row {number}: patientId {name} is not the name of a film (without folder and .dcm)")
         else:
             rows.append((number, row))
     return rows, faults
@@ -169,12 +168,15 @@ def _read_labels(path: Path, problems: list) -> tuple[dict[str, int], list[tuple
     rows, faults = _read_rows(path, LABEL_COLUMNS)
     targets: dict[str, int] = {}
     first: dict[str, int] = {}
+    spellings: dict[str, str] = {}
     boxes: dict[tuple, None] = {}
     for number, row in rows:
         patient, *sides, target = (row[name] for name in LABEL_COLUMNS)
         fault = None
-        if target not in ("0", "1"):
-            fault = f"Target {target!r} of {patient} is neither 0 nor 1"
+        if (other := spellings.setdefault(reading.spelling(patient), patient)) != patient:
+            fault = f"patientId {patient!a} and {other!a} in row {first[other]} are one in two spellings"
+        elif target not in ("0", "1"):
+            fault = f"Target {reading.cut(repr(target))} of {patient} is neither 0 nor 1"
         elif targets.setdefault(patient, int(target)) != int(target):
             fault = f"{patient} has Target {target}, but Target {targets[patient]} in row {first[patient]}"
         elif target == "1":
@@ -197,7 +199,7 @@ def _add_box(number: int, patient: str, sides: list[str], boxes: dict[tuple, Non
         return f"{patient} has Target 1, but no box"
     box, image = f"box {', '.join(sides)} of {patient}", f"{patient}.dcm"
     try:
-        numbers = [float(side) for side in sides]
+        numbers = reading.numbers(sides)
     except ValueError:
         return f"the {box} is not four numbers"
     fault = reading.box_fault(*numbers, f"the {box}")
@@ -227,7 +229,8 @@ def _read_details(
         patient, name = row["patientId"], row["class"]
         fault = None
         if name not in (OPACITY, NORMAL, NEITHER):
-            fault = f"unknown class {name!r} of {patient}; the classes are {OPACITY!r}, {NORMAL!r} and {NEITHER!r}"
+            known = f"{OPACITY!r}, {NORMAL!r} and {NEITHER!r}"
+            fault = f"unknown class {reading.cut(repr(name))} of {patient}; the classes are {known}"
         elif patient not in targets:
             unlabelled[f"{patient}.dcm"] = None
         elif details.setdefault(patient, name) != name:
@@ -243,22 +246,21 @@ def _read_details(
     absent = [patient for patient in targets if patient not in details]
     fault = f"of the {len(targets)} patients of {label_file} are not in {path.name}"
     cure = "Take both files from the same release"
-    reading.require_all(absent, on_missing, fault, cure, "their detailed class")
+    reading.require_all(absent, len(targets), on_missing, fault, cure, "their detailed class")
     problems += reading.notes("no detailed class", [f"{patient}.dcm" for patient in absent], f"not in {path.name}")
     return details
 
 
 def _locate(root: Path, label_file: Path, targets: dict[str, int], on_missing: str, problems: list) -> dict[str, str]:
-    """Path of every labelled patient's film. The folder is listed once: 26,684 single look-ups would cost minutes on a
-    network disk."""
+    """Path of every labelled patient's film."""
     folder = root / FILMS
     if not folder.is_dir():
         raise ReleaseError(f"{root} has no folder {FILMS}; unpack {FILMS}.zip of the release there")
-    with os.scandir(folder) as entries:
-        found = {entry.name.removesuffix(".dcm"): entry.path for entry in entries if entry.name.endswith(".dcm")}
+    found = reading.find_films(root, [folder], [".dcm"], problems)
     missing = [f"{patient}.dcm" for patient in targets if patient not in found]
     fault = f"of the {len(targets)} patients of {label_file} have no film in {folder}"
-    reading.require_all(missing, on_missing, fault, "Complete the download", "these patients")
+    cure = "Complete the download (a link must lead to its film)"
+    reading.require_all(missing, len(targets), on_missing, fault, cure, "these patients")
     problems += reading.notes("film missing", missing, "no such file: left out")
     strangers = [f"{patient}.dcm" for patient in sorted(found.keys() - targets.keys())]
     problems += reading.notes("film without a label", strangers, f"not in {label_file.name}: left out")

@@ -1,10 +1,12 @@
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from lib.data import reading
 from lib.data import release as data
 from lib.data.nih import read_names, read_release
 from lib.data.release import BOX_COLUMNS, CLASSES, FINDINGS, ReleaseError, film_boxes, task_boxes, task_targets
@@ -123,12 +125,12 @@ def test_both_generations_line_ends_and_byte_order_marks(tmp_path, header, age, 
 
 
 def test_ages_in_other_units_and_impossible_ones(tmp_path):
-    ages = ["006M", "010D", "414", "", "old", *["58"] * 15]
+    ages = ["006M", "010D", "414", "", "old", *["58"] * 5, "-3", "nan", "1e400", "9" * 400, "\uff15\uff18", *["58"] * 5]
     entries = [line.replace(",58,", f",{age},") for line, age in zip(ENTRIES, ages, strict=True)]
     release = read_release(write(tmp_path / "r", entries=entries))
     assert release.films["age"][0] == 0.5 and release.films["age"][1] == pytest.approx(10 / 365.25)
-    assert release.films["age"][2:5].isna().all()
-    assert (release.problems["kind"] == "age impossible").sum() == 3
+    assert release.films["age"][2:5].isna().all() and release.films["age"][10:15].isna().all()
+    assert (release.problems["kind"] == "age impossible").sum() == 8
 
 
 def test_numbered_folders(tmp_path):
@@ -144,6 +146,63 @@ def test_a_film_in_two_folders_is_taken_from_the_first(tmp_path):
     release = read_release(root)
     assert release.films["path"][0] == str(root / "images" / TRAIN_VAL[0])
     assert "film found twice" in kinds(release)
+
+
+def test_films_as_jpeg_or_in_capitals_under_the_stem(tmp_path):
+    root = write(tmp_path / "r")
+    expected = read_release(root).films
+    suffixes = [".jpg", ".jpeg", ".JPG", ".PNG"]
+    for name, suffix in zip(TRAIN_VAL, suffixes):
+        (root / "images" / name).rename((root / "images" / name).with_suffix(suffix))
+    release = read_release(root)
+    assert [Path(path).suffix for path in release.films["path"]] == suffixes + [".png"] * 16
+    assert release.films.drop(columns="path").equals(expected.drop(columns="path")) and kinds(release) == {
+        "label alias"
+    }
+
+
+def test_of_several_files_of_one_stem_png_goes_before_jpg_before_jpeg(tmp_path):
+    root = write(tmp_path / "r")
+    for name in (TRAIN_VAL[0], TRAIN_VAL[1]):
+        for suffix in (".jpg", ".jpeg", ".PNG"):
+            (root / "images" / name).with_suffix(suffix).touch()
+    (root / "images" / TRAIN_VAL[1]).unlink()
+    (root / "images" / TRAIN_VAL[1]).with_suffix(".PNG").unlink()
+    (root / "images_001").mkdir()
+    (root / "images_001" / TRAIN_VAL[2]).with_suffix(".jpg").touch()
+    release = read_release(root)
+    stem = str(root / "images" / TRAIN_VAL[1]).removesuffix(".png")
+    assert release.films["path"][:3].tolist() == [
+        str(root / "images" / TRAIN_VAL[0]), f"{stem}.jpg", str(root / "images" / TRAIN_VAL[2])
+    ]  # fmt: skip
+    notes = release.problems.query("kind == 'film found twice'")
+    assert notes["item"].tolist() == ["images", "images_001"]
+    assert notes["detail"][0].startswith("4 files") and notes["detail"][1].startswith("1 films")
+
+
+@pytest.mark.parametrize("kind", ["dangling", "looping", "device", "pipe", "folder"])
+def test_only_regular_files_are_films(tmp_path, kind):
+    root = write(tmp_path / "r")
+    film, other = root / "images" / TRAIN_VAL[0], root / "images" / TRAIN_VAL[1]
+    film.unlink()
+    other.rename(root / "elsewhere.png")
+    other.symlink_to(root / "elsewhere.png")
+    targets = {"dangling": "nowhere", "looping": film, "device": "/dev/zero"}
+    {"pipe": lambda: os.mkfifo(film), "folder": film.mkdir}.get(kind, lambda: film.symlink_to(targets[kind]))()
+    with pytest.raises(
+        ReleaseError, match="1 of 20 films are missing from images .*00000001_000.png.*a link must lead"
+    ):
+        read_release(root)
+    release = read_release(root, on_missing="skip")
+    assert release.problems.query("kind == 'film missing'")["item"].tolist() == [TRAIN_VAL[0]]
+    assert release.films["path"][0] == str(other)
+
+
+def test_names_that_are_no_text_beside_the_films(tmp_path):
+    root = write(tmp_path / "r")
+    expected = read_release(root).films
+    Path(os.fsdecode(os.fsencode(root) + b"/images/\xff.png")).touch()
+    assert read_release(root).films.equals(expected)
 
 
 def test_no_box_list_is_noted(tmp_path):
@@ -241,7 +300,17 @@ def test_all_films_missing_leaves_no_split(tmp_path):
     root = write(tmp_path / "r")
     for film in (root / "images").iterdir():
         film.unlink()
+    for choice in ("error", "skip"):
+        with pytest.raises(ReleaseError, match="20 of 20 films are missing from images under .*cannot help where all"):
+            read_release(root, on_missing=choice)
+    (root / "images" / TRAIN_VAL[0]).touch()
     with pytest.raises(ReleaseError, match="split is empty"):
+        read_release(root, on_missing="skip")
+
+
+def test_lists_of_another_release(tmp_path):
+    root = write(tmp_path / "r", train_val=["a.png", "b.png"], test=["c.png"])
+    with pytest.raises(ReleaseError, match="3 films.*no row in.*a.png, b.png, c.png.*cannot help where all"):
         read_release(root, on_missing="skip")
 
 
@@ -296,7 +365,14 @@ def test_no_root_two_csvs_no_folder(tmp_path):
         (entry(1, 0, "Mass").replace(".png", ".dcm"), "row 2.*not the name of a .png"),
         (ENTRIES[4], "row 6: 00000003_000.png is there already, in row 2"),
         ("00000001_000.png,Mass,0", "row 2 has 3 cells"),
+        (ENTRIES[4].replace(".png", ".PNG"), r"row 6: 00000003_000.png is there already, in row 2 \(in capitals"),
+        (entry(1, 0, "Effusion") + ",more", "row 2 has 12 cells, but the first line 11"),
+        (entry(1, 0, "a\tb").replace("00000001", "a\tb"), r"row 2: Image Index 'a\\tb_000.png' is not the name"),
+        (entry(1, 0, "y" * 900), "row 2: unknown label 'y{78}… of 00000001_000.png"),
         (entry(1, 0, "Mass").replace(",0,1,", ",x,1,"), "row 2.*Follow-up # 'x'"),
+        (entry(1, 0, "Mass").replace(",0,1,", ",\u00b2,1,"), "row 2.*Follow-up # '\u00b2' of .* is not a number"),
+        (entry(1, 0, "Mass").replace(",0,1,", ",1.5,1,"), "row 2.*Follow-up # '1.5'"),
+        (entry(1, 0, "Mass").replace(",0,1,", f",{10**19},1,"), "row 2.*Follow-up # '1000"),
         (entry(1, 0, "Mass").replace(",0,1,", ",0,,"), "row 2.*no Patient ID"),
     ],
 )
@@ -313,6 +389,93 @@ def test_several_wrong_rows_are_named_at_once(tmp_path):
         read_release(write(tmp_path / "r", entries=entries))
 
 
+@pytest.mark.parametrize("file", ["Data_Entry_2017.csv", "train_val_list.txt", "test_list.txt", "BBox_List_2017.csv"])
+def test_lists_are_regular_files(tmp_path, file):
+    path = write(tmp_path / "r") / file
+    for make, message in (
+        (path.mkdir, "a folder, a pipe or a device"),
+        (lambda: os.mkfifo(path), "a folder, a pipe or a device"),
+        (lambda: path.symlink_to("/dev/zero"), "a folder, a pipe or a device"),
+        (lambda: path.symlink_to(path), "cannot be read .*symbolic links"),
+        (lambda: path.symlink_to("nowhere"), "is missing"),
+        (lambda: (path.touch(), os.truncate(path, 2**33)), "8,589,934,592 bytes long"),
+    ):
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        make()
+        with pytest.raises(ReleaseError, match=f"{file} .*{message}"):
+            read_release(path.parent)
+
+
+def put(path: Path, row: int, line: bytes) -> None:
+    """Another line in the place of a row of a list, counted from 1."""
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[: row - 1], line, *lines[row:]]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'00000001_001.png,"Mass,1,1,58,M,PA', "a quote is not closed in its row"),
+        (b'00000001_001.png,"Mass"x,1,1,58,M,PA', "',' expected after"),
+        (b"00000001_001.png,P\xe4,1,1,58,M,PA", "a character that is not utf-8 or cannot be seen"),
+        (b"00000001_001.png,Mass\0,1,1,58,M,PA", "a character that is not utf-8 or cannot be seen"),
+        (b"00000001_001.png,Mass,1,1\xe2\x80\x8b,58,M,PA", r"cannot be seen \('1\\u200b'\)"),
+        (b"\x1b]0;title\x07.png,Mass,1,1,58,M,PA", r"cannot be seen \('\\x1b]0;title"),
+        (b"00000001_001.png," + b"y" * 1001 + b",1,1,58,M,PA", "a cell has 1,001 characters"),
+        (b"00000001_001.png," + b"y" * 10**7 + b",1,1,58,M,PA", "larger than field limit"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path, line, message):
+    path = write(tmp_path / "r") / "Data_Entry_2017.csv"
+    put(path, 3, line)
+    put(path, 5, b'00000002_001.png,"Mass",1,2,58,M,PA')  # a quote must not be closed by a later one
+    with pytest.raises(ReleaseError, match=f"Data_Entry_2017.csv is not a readable csv in utf-8, row 3: .*{message}"):
+        read_release(path.parent)
+
+
+def test_messages_are_one_short_line_whatever_the_data_hold(tmp_path):
+    long = [line.replace("Mass", "y" * 900) for line in ENTRIES]
+    for i, (change, value) in enumerate(
+        [("entries", long), ("header", ENTRY_2020.replace("Patient ID", "z" * 900)), ("train_val", ["w" * 900])]
+    ):
+        root = tmp_path / f"r\n\x1b[2J{i}"
+        with pytest.raises(ReleaseError) as caught:
+            read_release(write(root, **{change: value}))
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
+        assert rf"r\n\x1b[2J{i}" in str(caught.value)
+    problems = data.problem_frame([("film left out", "\udcff\x1b[2J.png", "a\nb")])
+    assert problems.iloc[0].tolist() == ["film left out", r"\udcff\x1b[2J.png", r"a\nb"]
+
+
+@pytest.mark.parametrize("root", ["a\0b", "~nobody of this name/x", "/" + "x" * 5000, "r\udcff", "loop", "file"])
+def test_a_root_that_is_none(tmp_path, root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    os.mkdir(os.fsencode(tmp_path) + b"/r\xff")
+    with pytest.raises(ReleaseError, match="is not a folder.*give the folder that holds Data_Entry") as caught:
+        read_release(root)
+    assert len(str(caught.value)) < 1000
+
+
+def test_folders_that_cannot_be_listed_or_named(tmp_path, monkeypatch):
+    root = write(tmp_path / "r")
+    os.mkdir(os.fsencode(root) + b"/images_\xff")
+    with pytest.raises(ReleaseError, match=r"images_\\udcff has a character in its name that cannot be seen; rename"):
+        read_release(root)
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder) == refused:
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(reading.os, "scandir", refuse)
+    for refused in (str(root), str(root / "images")):
+        with pytest.raises(ReleaseError, match=f"{refused} cannot be listed .Permission denied.; mend"):
+            read_release(root)
+
+
 def test_missing_columns(tmp_path):
     with pytest.raises(ReleaseError, match="lacks the columns Patient ID in its first line"):
         read_release(write(tmp_path / "r", header=ENTRY_2020.replace("Patient ID", "Person")))
@@ -320,6 +483,13 @@ def test_missing_columns(tmp_path):
         root = write(tmp_path / "s")
         (root / "Data_Entry_2017.csv").write_bytes(ENTRY_2020.encode("utf-16"))
         read_release(root)
+    with pytest.raises(ReleaseError, match="not a readable csv in utf-8, row 1"):
+        (root / "Data_Entry_2017.csv").write_bytes(ENTRY_2020.encode("utf-16-le"))
+        read_release(root)
+    with pytest.raises(ReleaseError, match="has the columns Patient Gender twice in its first line"):
+        read_release(write(tmp_path / "t", header=ENTRY_2020.replace("View", "Patient Sex,View")))
+    with pytest.raises(ReleaseError, match="it has Image Index;Finding Labels;.*commas between its cells"):
+        read_release(write(tmp_path / "u", header=ENTRY_2020.replace(",", ";")))
 
 
 def test_repaired_labels_are_noted(tmp_path):
@@ -335,10 +505,72 @@ def test_patients_on_both_sides(tmp_path):
         read_release(root)
 
 
-def test_a_zero_padded_patient_is_the_same_patient(tmp_path):
-    entries = [*ENTRIES[:16], ENTRIES[16].replace(",0,9,", ",0,00000001,"), *ENTRIES[17:]]
-    with pytest.raises(ReleaseError, match="1 patients are on both sides"):
+def own_release(root: Path, ids: dict[int, str], name="film{:02d}.png") -> Path:
+    """A release whose films are not named as NIH's: two films of each of ten patients, but `ids` of some rows."""
+    names = [name.format(i) for i in range(20)]
+    rows = [f'{names[i]},Mass,{i % 2},"{ids.get(i, f"P{i // 2}")}",58,M,PA' for i in range(20)]
+    lists = {"train_val": names[:16], "test": names[16:]}
+    return write(root, rows, **lists, boxes=None, header=ENTRY_2020.split(",Orig")[0])
+
+
+@pytest.mark.parametrize("other", ["00000001", "1.0", "01.0"])
+def test_a_number_in_another_spelling_is_the_same_patient(tmp_path, other):
+    with pytest.raises(ReleaseError, match="1 patients are on both sides.*patient 1;.*film00.png, film16.png"):
+        read_release(own_release(tmp_path / "r", {0: "1", 16: other}))
+    release = read_release(own_release(tmp_path / "s", {0: "1", 1: other}))
+    assert release.films["patient"].tolist() == ["1", "1", *[f"P{i // 2}" for i in range(2, 20)]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("P1", "p1"), ("\u00e91", "e\u03011"), ("A1", "\uff211"), ("12", "12e0"), ("120", "12e1"), ("120e1", "12E2")],
+)
+def test_one_patient_in_two_spellings_is_refused(tmp_path, one, other):
+    message = f"row 18: Patient ID {other!a} of film16.png and {one!a} in row 2 are one in two spellings"
+    with pytest.raises(ReleaseError, match=re.escape(message)):
+        read_release(own_release(tmp_path / "r", {0: one, 16: other}))
+
+
+@pytest.mark.parametrize(
+    "patient",
+    ["\u00b2", "\uff11", "\u0663", "+1", "-1", "1.5", "1.00", "1,0", ".5", "1e+2", "1.2E+02", "inf", "-Infinity"],
+)
+def test_a_number_as_patient_is_written_in_plain_digits(tmp_path, patient):
+    message = f"row 2: Patient ID {patient!r} of film00.png is a number, but not written with the digits 0 to 9 alone"
+    with pytest.raises(ReleaseError, match=re.escape(message)):
+        read_release(own_release(tmp_path / "r", {0: patient}))
+
+
+@pytest.mark.parametrize("patient", ["nan", "NaN", "None", "null", "NA", "N/A", "#N/A", "<NA>"])
+def test_nobody_is_no_patient(tmp_path, patient):
+    with pytest.raises(ReleaseError, match=re.escape(f"row 2: film00.png has no Patient ID ({patient!r})")):
+        read_release(own_release(tmp_path / "r", {0: patient}))
+
+
+@pytest.mark.parametrize(("patient", "said"), [("2.0", "2"), ("12", "12"), ("0", "0"), ("P1", "P1")])
+def test_the_patient_is_the_one_of_a_film_named_as_nih_names_them(tmp_path, patient, said):
+    entries = [ENTRIES[0].replace(",0,1,", f",0,{patient},"), *ENTRIES[1:]]
+    with pytest.raises(
+        ReleaseError, match=f"row 2: Patient ID '{said}' of 00000001_000.png is not the 1 that its name"
+    ):
         read_release(write(tmp_path / "r", entries=entries))
+
+
+@pytest.mark.parametrize(
+    "name", ["201901{:02d}_001.png", "film {:02d}.png", "$(x) {:02d};'.png", "000000{:02d}_00.png"]
+)
+def test_other_names_say_nothing_of_patients(tmp_path, name):
+    ids = {0: "1234e567", 1: "1234e567", 2: "1.2.840.1", 3: "1.2.840.1", 4: "007", 5: "7"}
+    films = read_release(own_release(tmp_path / "r", ids, name)).films
+    assert films["patient"].tolist()[:7] == ["1234e567", "1234e567", "1.2.840.1", "1.2.840.1", "7", "7", "P3"]
+    assert films["image"].tolist() == [name.format(i) for i in range(20)]
+
+
+def test_hints_at_two_persons_under_one_id_are_noted(tmp_path):
+    entries = [ENTRIES[0].replace(",M,", ",F,"), ENTRIES[1], ENTRIES[2].replace(",58,", ",70,"), *ENTRIES[3:]]
+    entries[4] = entries[4].replace(",58,", ",59,")  # a year less is rounding
+    notes = read_release(write(tmp_path / "r", entries=entries)).problems
+    assert notes[notes["kind"].isin(["patient of two sexes", "age falls"])]["item"].tolist() == ["1", "2"]
 
 
 def test_lists(tmp_path):
@@ -347,6 +579,11 @@ def test_lists(tmp_path):
     with pytest.raises(ReleaseError, match="train_val_list.txt: row 1.*path in it"):
         read_release(write(tmp_path / "b", train_val=["images/" + name for name in TRAIN_VAL]))
     assert "line repeated" in kinds(read_release(write(tmp_path / "c", test=[*TEST, "", TEST[0]])))
+    with pytest.raises(ReleaseError, match="test_list.txt: row 1 has more than a film name: '00000009_001.png'"):
+        read_release(write(tmp_path / "d", test=[",".join(TEST[:2]), *TEST[2:]]))
+    assert "test larger than train" in kinds(
+        read_release(write(tmp_path / "e", train_val=TRAIN_VAL[:8], test=TRAIN_VAL[8:] + TEST))
+    )
 
 
 def test_a_list_of_names_with_labels_behind_them(tmp_path):
@@ -367,6 +604,11 @@ def test_a_list_of_names_with_labels_behind_them(tmp_path):
             read_names(path, ["a.png"])
     with pytest.raises(ReleaseError, match="nowhere.txt is missing"):
         read_names(tmp_path / "nowhere.txt", ["a.png"])
+    path.write_bytes(b"C:\\films\\a.png 1\nfilms/b c.png\nb c.png 0/1\n")
+    assert {"a.png", "b c.png"} <= read_names(path, ["a.png", "b c.png"])
+    path.write_bytes(b'"a.png\nb.png\n')
+    with pytest.raises(ReleaseError, match="row 1: a quote is not closed"):
+        read_names(path, ["a.png"])
 
 
 @pytest.mark.parametrize(
@@ -381,6 +623,12 @@ def test_a_list_of_names_with_labels_behind_them(tmp_path):
         ("00000009_000.png,Mass,nan,1,5,5", "row 2.*no area"),
         ("00000009_000.png,Mass,1024,1,5,5", "row 2.*outside its film"),
         ("00000009_000.png,Mass,-5,1,5,5", "row 2.*outside its film"),
+        ("00000009_000.png,Mass,1,1,5,1e-300", "row 2.*no area"),
+        ("00000009_000.png,Mass,1,1,1e308,5", "row 2.*larger than two films"),
+        ("00000009_000.png,Mass,1,1,5,2049", "row 2.*larger than two films"),
+        ("00000009_000.png,Mass,1,1,1_0,5", "row 2 is not a film, a label and four numbers"),
+        ("00000009_000.png,Mass,1,1,\uff15,5", "row 2 is not a film, a label and four numbers"),
+        ("00000009_000.png,Mass,1,1,5,5,7", "row 2 is not a film, a label and four numbers"),
         ("00000009_000.png,Mass,1,1,5,", "row 2 is not a film, a label and four numbers"),
         ("00000009_000.png,Mass", "row 2 is not a film, a label and four numbers"),
     ],
@@ -414,6 +662,7 @@ def test_a_box_list_that_is_none(tmp_path):
         read_release(root)
     (root / "BBox_List_2017.csv").write_text(BOX_HEADER)
     assert len(read_release(root).boxes) == 0
+    assert "no boxes" in kinds(read_release(root))
 
 
 def test_classes_without_positives_are_noted(tmp_path):

@@ -1,4 +1,5 @@
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,6 +351,64 @@ def test_missing_films(tmp_path):
     assert kinds == left_out | {"film without a label": ["stranger.dcm"]}
 
 
+def test_all_films_or_all_classes_missing(tmp_path):
+    root = write(tmp_path / "r", films=["stranger"])
+    for choice in ("error", "skip"):
+        with pytest.raises(ReleaseError, match=f"36 of the 36 patients .* no film in .*{FILMS}.*cannot help where all"):
+            read(root, on_missing=choice)
+    root = write(tmp_path / "s", classes=[f"stranger,{NORMAL}"])
+    with pytest.raises(ReleaseError, match=f"36 of the 36 patients .* not in {DETAILS}.*cannot help where all"):
+        read(root, on_missing="skip")
+
+
+@pytest.mark.parametrize("kind", ["dangling", "looping", "device", "pipe", "folder"])
+def test_only_regular_files_are_films(tmp_path, kind):
+    root = write(tmp_path / "r", films=[*POSITIVE[1:], *NEGATIVE])
+    path = root / FILMS / "b00.dcm"
+    targets = {"dangling": "nowhere", "looping": path, "device": "/dev/zero"}
+    {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir}.get(kind, lambda: path.symlink_to(targets[kind]))()
+    with pytest.raises(ReleaseError, match=r"1 of the 36 patients.*no film.*b00\.dcm.*a link must lead"):
+        read(root)
+    assert read(root, on_missing="skip").problems["item"].tolist() == ["b00.dcm", "b00.dcm"]  # the film and its boxes
+
+
+def test_the_suffix_may_be_in_capitals(tmp_path):
+    root = write(tmp_path / "r")
+    expected = read(root).films
+    (root / FILMS / "b00.dcm").rename(root / FILMS / "b00.DCM")
+    films = read(root).films
+    assert films["path"][0] == str(root / FILMS / "b00.DCM")
+    assert films.drop(columns="path").equals(expected.drop(columns="path"))
+    (root / FILMS / "b00.dcm").touch()
+    release = read(root)
+    assert release.films["path"][0] == str(root / FILMS / "b00.dcm")
+    assert release.problems[["kind", "item"]].to_numpy().tolist() == [["film found twice", FILMS]]
+
+
+def test_names_that_are_no_text_beside_the_films(tmp_path):
+    root = write(tmp_path / "r")
+    Path(os.fsdecode(os.fsencode(root / FILMS) + b"/\xff\x1b.dcm")).touch()
+    assert read(root).problems["item"].tolist() == [r"\udcff\x1b.dcm"]
+
+
+@pytest.mark.parametrize("file", [LABELS, DETAILS])
+def test_lists_are_regular_files_of_sound_rows(tmp_path, file):
+    path = write(tmp_path / "r") / file
+    lines = path.read_bytes().split(b"\n")
+    for line, message in (
+        (b'"' + lines[1], "a quote is not closed in its row"),
+        (b"b\0" + lines[1], "a cell has a character that is not utf-8 or cannot be seen"),
+        (lines[1] + b"x" * 1001, "a cell has 1,0"),
+    ):
+        path.write_bytes(b"\n".join([lines[0], line, *lines[2:5], b'"b00"', *lines[6:]]))
+        with pytest.raises(ReleaseError, match=f"{file} is not a readable csv in utf-8, row 2: {message}"):
+            read(path.parent)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ReleaseError, match=f"{file} is a folder, a pipe or a device"):
+        read(path.parent)
+
+
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(ReleaseError, match="is not a folder"):
         read(tmp_path / "nowhere")
@@ -409,10 +468,17 @@ def test_a_split_that_unreadable_films_empty(tmp_path):
         ("b00,nan,1,5,5,1", "row 2.*no area"),
         ("b00,1024,1,5,5,1", "row 2.*outside its film"),
         ("b00,-9,1,5,5,1", "row 2.*outside its film"),
+        ("b00,1,1,1e308,5,1", "row 2.*larger than two films"),
+        ("b00,1,1,1_0,5,1", "row 2.*not four numbers"),
+        ("b00,1,1,\uff15,5,1", "row 2.*not four numbers"),
         ("a00,1,1,5,5,0", r"row 2: a00 has a box \(1, 1, 5, 5\), but Target 0"),
         ("b00,,,,,0", "row 14: b00 has Target 1, but Target 0 in row 2"),
         ("../b00,1,1,5,5,1", r"row 2: patientId '\.\./b00' is not the name of a film"),
         (",1,1,5,5,1", "row 2: patientId ''"),
+        ("..,1,1,5,5,1", r"row 2: patientId '\.\.' is not the name of a film"),
+        ("b\tb,1,1,5,5,1", r"row 2: patientId 'b\\tb' is not the name of a film"),
+        ("B01,1,1,5,5,1", "row 3: patientId 'b01' and 'B01' in row 2 are one in two spellings"),
+        ("b00,1,1,5,5," + "1" * 900, "row 2: Target '1{78}… of b00"),
         ("b00,1,1,5,5", "row 2 has 5 cells, not 6"),
     ],
 )
