@@ -9,18 +9,25 @@ and all its runs.
 import difflib
 import itertools
 import os
+import re
+import reprlib
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lib.analysis.cam import METHODS as CAM_METHODS
 from lib.data import RELEASES, TASKS
 from lib.losses import LOSSES, SCALES
 
 ROOT = Path(__file__).resolve().parents[1]
+# Whatever `init: phantom` starts from is a study of its own.
+PRETEXT = "pretext_"
+RESERVED = f"names that begin with {PRETEXT} are kept for the runs that init: phantom starts from; choose another name"
 # The paper's runs. A loss or backbone of your own gets a file in params/runs and a place in the `runs` of a study.
 GRID = tuple(
     "-".join(names)
@@ -34,8 +41,38 @@ class ParameterError(ValueError):
     """A parameter that is misspelt, missing or out of range; the message names the key, its file and the way out."""
 
 
+def _plain(name: str) -> str:
+    """A study's, run's or backbone's name: it becomes a folder, a file's name and a word of a shell's line."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
+        raise ValueError("a name has letters, digits and _ . + - alone, at most 100, and begins with none of . + -")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain)]
+
+
 class _Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value, field):
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if cls.model_fields[field.field_name].annotation is not bool and any(isinstance(one, bool) for one in entries):
+            raise ValueError("true and false (to yaml yes, no, on and off as well) are no value for it")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _of_reasonable_size(cls, value):
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int) and one >= 2**31:
+                raise ValueError("must be below 2147483648")
+            if isinstance(one, str) and (
+                len(one) > 1000 or {unicodedata.category(letter) for letter in one} & {"Cc", "Cs"}
+            ):
+                raise ValueError("must be one line of at most 1000 letters, all of which can be written")
+        return value
 
 
 # Keys of Data and Training that say where films lie or what computes, and change no weight, see `IDENTITY`.
@@ -146,15 +183,17 @@ class Analysis(_Keys):
 class Study(Analysis, Loss, Training, Data):
     """Parameters that all runs of a study share. Field descriptions are the documentation of each key."""
 
-    study: str = Field("demo", pattern=r"^[A-Za-z0-9_]+$", description="name: results go to outputs/<study>/")
-    runs: list[str] = Field(list(GRID), min_length=1, description="the runs of the study, each a file of params/runs")
+    study: str = Field(
+        "demo", pattern=r"^[A-Za-z0-9_]+$", max_length=100, description="name: results go to outputs/<study>/"
+    )
+    runs: list[Name] = Field(list(GRID), min_length=1, description="the runs of the study, each a file of params/runs")
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         [0], min_length=1, description="every run is trained once per seed"
     )
     comparison: bool = Field(True, description="whether 02 to 05 compare the runs, as Khakzar et al. do")
-    attribution: list[str] = Field([], description="runs that 06 explains by relevance")
-    features: list[str] = Field([], description="runs whose features 07 analyses")
-    companions: list[str] = Field([], description="other studies that are made along with this one")
+    attribution: list[Name] = Field([], description="runs that 06 explains by relevance")
+    features: list[Name] = Field([], description="runs whose features 07 analyses")
+    companions: list[Name] = Field([], description="other studies that are made along with this one")
 
     @model_validator(mode="before")
     @classmethod
@@ -167,8 +206,8 @@ class Study(Analysis, Loss, Training, Data):
     @classmethod
     def _known_runs(cls, runs):
         for name in runs:
-            if not (ROOT / "params" / "runs" / f"{name}.yaml").is_file():
-                known = sorted(path.stem for path in (ROOT / "params" / "runs").glob("*.yaml"))
+            if not parameter_file("runs", name).is_file():
+                known = sorted(path.stem for path in (ROOT / "params" / "runs").glob("*.yaml") if path.is_file())
                 raise ValueError(f"no file params/runs/{name}.yaml{nearest(name, known)}")
         return runs
 
@@ -178,6 +217,13 @@ class Study(Analysis, Loss, Training, Data):
         if len(set(values)) < len(values):
             raise ValueError("names an entry twice")
         return values
+
+    @field_validator("token_grid")
+    @classmethod
+    def _rows_and_columns(cls, grid):
+        if len(grid) == 1:
+            raise ValueError("takes two numbers, rows and columns, such as [8, 8]; or none: []")
+        return grid
 
     @model_validator(mode="after")
     def _keys_go_together(self):
@@ -198,6 +244,13 @@ class Study(Analysis, Loss, Training, Data):
         for key in ("attribution", "features"):
             if foreign := [name for name in getattr(self, key) if name not in self.runs]:
                 raise ValueError(f"{key} names {foreign[0]}, which is none of the study's runs")
+        if self.study in self.companions:
+            raise ValueError(f"companions names {self.study}, which is this study itself")
+        if self.phantom_marker:
+            _require_class("phantom_marker", self.phantom_marker, _classes("multilabel"))
+        if self.feature_class:
+            tasks = RELEASES[self.release].tasks
+            _require_class("feature_class", self.feature_class, [name for task in tasks for name in _classes(task)])
         return self
 
     @classmethod
@@ -210,11 +263,13 @@ class Study(Analysis, Loss, Training, Data):
             for item in error.errors():
                 key = ".".join(map(str, item["loc"]))
                 if item["type"] == "extra_forbidden":
-                    lines.append(f"{key}: no such parameter{nearest(key, cls.model_fields)}")
+                    said = key if key.isidentifier() and len(key) < 80 else shown(key)
+                    lines.append(f"{said}: no such parameter{nearest(key, cls.model_fields)}")
                 else:
                     said = item["msg"].removeprefix("Value error, ")
                     near = nearest(item["input"], _choices(cls, key)) if item["type"] == "literal_error" else ""
-                    lines.append(f"{key}: {said}{near}" + (f" (got {item['input']!r})" if item["loc"] else ""))
+                    lines.append(f"{key}: {said}{near}" + (f" (got {shown(item['input'])})" if item["loc"] else ""))
+            lines = lines if len(lines) < 6 else [*lines[:5], f"and {len(lines) - 5} more"]
             raise ParameterError(f"{source}: " + "; ".join(line.removeprefix(": ") for line in lines)) from None
 
     @property
@@ -260,10 +315,10 @@ class Study(Analysis, Loss, Training, Data):
 
     def run(self, name, seed=None) -> "Run":
         """The `Run` of this study that params/runs/<name>.yaml describes; by default with the study's first seed."""
-        path = ROOT / "params" / "runs" / f"{name}.yaml"
+        values = load_run(name)
         seed = self.seeds[0] if seed is None else seed
         return Run.build(
-            {**self.model_dump(), **load(path), "seed": seed}, f"params/runs/{name}.yaml on study {self.study}"
+            {**self.model_dump(), **values, "seed": seed}, f"params/runs/{name}.yaml on study {self.study}"
         )
 
 
@@ -273,9 +328,7 @@ class Run(Study):
     task: Literal[TASKS] = Field(
         "multilabel", description="multilabel (15 labels), binary (Unhealthy), pneumonia, digits"
     )
-    backbone: str = Field(
-        "tdensenet", min_length=1, description="tdensenet, resnet50, densenet121, vgg16, or any timm name"
-    )
+    backbone: Name = Field("tdensenet", description="tdensenet, resnet50, densenet121, vgg16, or any timm name")
     loss: Literal[tuple(LOSSES)] = Field("focal", description="bce, wbce, focal, cb_focal, or one of your own")
     seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, order and augmentation")
 
@@ -283,6 +336,8 @@ class Run(Study):
     def _task_suits_release(self):
         if self.task not in RELEASES[self.release].tasks:
             raise ValueError(f"task {self.task} does not go with release {self.release}")
+        if self.name in self.features and (self.feature_class or self.phantom_marker):
+            _require_class("feature_class", self.selected_class, _classes(self.task, self.no_finding_output))
         return self
 
     @property
@@ -309,7 +364,7 @@ class Run(Study):
     def pretext(self) -> "Run":
         """The run that `init: phantom` starts from: all labels, BCE, on the patients of params/studies/pretext.yaml."""
         keys = ("image_size", "device", "precision", "backbone")
-        own = {"study": f"pretext_{self.image_size}px", "task": "multilabel", "loss": "bce"}
+        own = {"study": f"{PRETEXT}{self.image_size}px", "task": "multilabel", "loss": "bce"}
         study = load(ROOT / "params" / "studies" / "pretext.yaml")
         return Run.build({**study, **{key: getattr(self, key) for key in keys}, **own}, "params/studies/pretext.yaml")
 
@@ -353,38 +408,137 @@ def _choices(model, key):
     return getattr(model.model_fields[key].annotation, "__args__", ())
 
 
+def _classes(task, no_finding=True):
+    from lib.data.release import CLASSES, DIGITS, task_targets  # pandas, which few parameters need
+
+    targets = np.empty((0, len(DIGITS if task == "digits" else CLASSES)), np.uint8)
+    return task_targets(targets, task, no_finding)[1]
+
+
+def _require_class(key, name, classes):
+    if name not in classes:
+        known = ", ".join(dict.fromkeys(classes))
+        raise ValueError(f"{key}: there is no class {shown(name)} to look at{nearest(name, classes)} ({known})")
+
+
 def nearest(key, known) -> str:
     """'; did you mean x?' for the nearest of the `known` names, or nothing."""
-    match = difflib.get_close_matches(str(key), dict.fromkeys(map(str, known)), n=1, cutoff=0.5)
+    key = key if isinstance(key, str) else shown(key)
+    match = difflib.get_close_matches(key, dict.fromkeys(map(str, known)), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def load(path):
-    """Read one flat yaml file of parameters.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: object) -> str:
+    """`value` as Python writes it, on one line; the middle of a long one is left out."""
+    huge = isinstance(value, int) and abs(value) >= 10**40  # Python refuses to write ints of thousands of digits
+    return _SHORT.repr(hex(value) if huge else value)
+
+
+class _FlatLoader(yaml.SafeLoader):
+    """Of yaml the part that says one thing alone: plain keys, each once, with numbers, words, true, false, null, or
+    lists of these.
+
+    What has a tag, such as `!!binary`, papermill writes unquoted into the notebook, where it runs as code. Dates are
+    words, as they are to papermill.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        line, of_a_key = f"line {event.start_mark.line + 1}", isinstance(parent, yaml.MappingNode) and index is not None
+        values = (yaml.ScalarEvent, *[yaml.SequenceStartEvent, yaml.AliasEvent] * of_a_key)
+        flat = isinstance(event, values if parent else yaml.MappingStartEvent)
+        if getattr(event, "tag", None):
+            raise ParameterError(f"{line}: the tag {shown(event.tag)} is not read: write the value itself")
+        node = super().compose_node(parent, index) if flat else None
+        if node is None or parent and isinstance(node, yaml.MappingNode):
+            raise ParameterError("must hold flat 'key: value' lines (papermill merges no deeper)")
+        if node.tag.endswith((":int", ":float")) and re.search(r"^[-+]?0[0-9_xb]|:|.{40}", node.value):
+            raise ParameterError(
+                f"{line}: to yaml {shown(node.value)} is octal, hexadecimal, a time or a huge number: write it in "
+                "plain digits, or words in quotes"
+            )
+        return node
+
+    def plain_values(self) -> dict:
+        values, lines = {}, {}
+        root = self.get_single_node()
+        for key, value in root.value if root else ():
+            line = key.start_mark.line + 1
+            if key.value in values:
+                raise ParameterError(
+                    f"lines {lines[key.value]} and {line}: the key {shown(key.value)} stands there twice"
+                )
+            values[key.value], lines[key.value] = self.construct_object(value, deep=True), line
+        return values
+
+
+def load(path: str | Path) -> dict:
+    """Read one flat yaml file of parameters, of at most 64 KiB.
 
     Raises
     ------
     ParameterError
-        The file is missing, is not yaml, or is not flat.
+        The file is missing, is not yaml, is not flat, has a key twice, or says more than plain values.
     """
     path = Path(path)
+    if os.path.lexists(path) and not path.is_file():
+        raise ParameterError(f"{path}: is a folder, a device or a broken link: put a file of parameters there")
     if not path.is_file():
         known = sorted(other.stem for other in path.parent.glob("*.yaml"))
         raise ParameterError(
             f"{path}: no such file{nearest(path.stem, known)} ({path.parent} has {', '.join(known) or 'none'})"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(2**16 + 1)
+        if len(content) > 2**16:
+            raise ParameterError("is longer than 64 KiB, which no list of parameters is")
+        values = _FlatLoader(content.decode("utf-8")).plain_values()
+    except ParameterError as error:
+        raise ParameterError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ParameterError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{path}: byte {error.start} is no UTF-8: save it as text in UTF-8") from None
     except yaml.YAMLError as error:
-        raise ParameterError(f"{path}: not valid yaml: {error}") from None
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise ParameterError(f"{path}: must hold flat 'key: value' lines (papermill merges no deeper)")
+        fault = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise ParameterError(f"{path}: not valid yaml: {fault[:300]}") from None
+    if not values:
+        raise ParameterError(f"{path}: must hold flat 'key: value' lines, and holds none")
+    return values
+
+
+def parameter_file(kind: Literal["studies", "runs"], name: str) -> Path:
+    """params/<kind>/<name>.yaml; ParameterError where `name` is none."""
+    try:
+        return ROOT / "params" / kind / f"{_plain(name)}.yaml"
+    except ValueError as error:
+        raise ParameterError(f"{shown(name)} names no file of params/{kind}: {error}") from None
+
+
+def load_run(name: str) -> dict:
+    """What params/runs/<name>.yaml says; ParameterError, too, where that is a study's to say."""
+    path = parameter_file("runs", name)
+    values = load(path)
+    if foreign := [key for key in values if key in Study.__annotations__ or key == "seed"]:
+        raise ParameterError(f"{path}: {foreign[0]} is for a study's file to say (seed: its seeds); remove it here")
     return values
 
 
 def overlaid(said: dict, given: dict) -> dict:
     """What is `given` on top of what a file says; where fewer runs are given, fewer are left to look at."""
-    lists = {key: said[key] for key in ("attribution", "features") if key in said and "runs" in given}
+    if not isinstance(given.get("runs"), (list, tuple)):  # absent, or refused later
+        return {**said, **given}
+    lists = {key: said[key] for key in ("attribution", "features") if isinstance(said.get(key), list)}
     fewer = {key: [run for run in runs if run in given["runs"]] for key, runs in lists.items()}
     return {**said, **fewer, **given}
 
@@ -394,13 +548,15 @@ def load_study(name, **overrides):
 
     `overrides` are keys given on the command line, which win over the file.
     """
-    path = ROOT / "params" / "studies" / f"{name}.yaml"
+    path = parameter_file("studies", name)
+    if name.startswith(PRETEXT):
+        raise ParameterError(f"{path}: {RESERVED}")
     values = overlaid(load(path), overrides)
     study = Study.build(values, f"params/studies/{name}.yaml")
     if study.study != name:
         raise ParameterError(f"{path}: its key study says {study.study!r}; it must be the file's own name")
     for other in study.companions:
-        if not (path.parent / f"{other}.yaml").is_file():
+        if not parameter_file("studies", other).is_file():
             raise ParameterError(f"{path}: companions names {other}, but there is no file params/studies/{other}.yaml")
     for run_name in study.runs:
         run = study.run(run_name)
@@ -413,6 +569,8 @@ def load_study(name, **overrides):
 
 if __name__ == "__main__":
     try:
+        if len(sys.argv) != 2:
+            raise ParameterError("python -m lib.params STUDY: name one study, a file of params/studies without .yaml")
         print(f"{sys.argv[1]}: {len(load_study(sys.argv[1]).runs)} runs, parameters valid")
     except ParameterError as error:
         sys.exit(str(error))

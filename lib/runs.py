@@ -3,6 +3,8 @@
 `open_run` and `open_study` check every parameter before anything else happens.
 """
 
+import ast
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -33,9 +35,24 @@ from lib.models import (
     load_model,
     select_output,
 )
-from lib.params import ROOT, Analysis, ParameterError, Run, Study, load, nearest, overlaid
+from lib.params import (
+    IDENTITY,
+    PRETEXT,
+    RESERVED,
+    ROOT,
+    Analysis,
+    ParameterError,
+    Run,
+    Study,
+    load,
+    load_run,
+    nearest,
+    overlaid,
+    parameter_file,
+    shown,
+)
 from lib.records import RecordError
-from lib.state import TrainingError, is_trained, labels_digest, require_trained
+from lib.state import TrainingError, is_trained, labels_digest, require_trained, verify_weights
 
 # What is refused with a sentence of its own. A notebook shows that sentence, and no traceback above it.
 REFUSALS = (
@@ -63,14 +80,17 @@ def open_run(given: Mapping, *, trained: bool = True, chexnet: bool = False) -> 
     Raises
     ------
     ParameterError
-        An unknown key (the nearest right one is named), a value out of range, a study that does not exist, or a kernel
-        in which the notebook has run before.
+        An unknown key (the nearest right one is named), a value out of range, a study that does not exist, code among
+        the parameters, or a kernel in which the notebook has run before.
+    ModelError
+        An unknown backbone, or a file of CheXNet's that a parameter names and that is not there.
     TrainingError
         The run is not trained, or was trained with other parameters.
     """
     run, changed = _parameters(given, Run)
     check_backbone(run.backbone)
     if chexnet and run.chexnet:
+        require_files(run.chexnet_files)
         return CheXNet(run, OpenStudy(run, changed))
     if trained:
         require_trained(run)
@@ -82,9 +102,17 @@ def open_study(given: Mapping) -> "OpenStudy":
     return OpenStudy(*_parameters(given, Study))
 
 
+def require_files(files: Mapping[str, Path]) -> None:
+    """ModelError where one of the files that parameters name, by these keys, is not there."""
+    for key, path in files.items():
+        if not os.path.isfile(path):
+            raise ModelError(f"{key}: there is no file {path}")
+
+
 def _parameters(given, model):
     """The parameters, and those of them that were given and differ from what the study's file says."""
     _refuse_in_one_line()
+    _refuse_code(given.get("In", ()))
     shell = {"In", "Out", "exit", "quit", "get_ipython"}
     values = {
         key: value
@@ -105,13 +133,13 @@ def _parameters(given, model):
     given["_parameters"] = set(values)
     values = {key: value for key, value in values.items() if value is not None}
     name = values.get("study", model.model_fields["study"].default)
-    folder = ROOT / "params" / "studies"
-    if (folder / f"{name}.yaml").is_file():
-        said = load(folder / f"{name}.yaml")
+    file = parameter_file("studies", name)
+    if file.is_file():
+        said = load(file)
     elif "release" in values:  # a study of the command line alone: nothing says otherwise
         said = {key: value for key, value in values.items() if key not in Analysis.model_fields}
     else:
-        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        known = sorted(path.stem for path in file.parent.glob("*.yaml"))
         raise ParameterError(
             f"study: there is no params/studies/{name}.yaml{nearest(name, known)} (a study without a file of its own "
             "must name its release: -p release ...)"
@@ -119,10 +147,35 @@ def _parameters(given, model):
     default = {key: field.default for key, field in model.model_fields.items()}
     if model is Run:  # what its own file says besides what it is, such as the layer of a transformer
         run = "-".join(str({**default, **said, **values}[key]) for key in ("task", "backbone", "loss"))
-        own = ROOT / "params" / "runs" / f"{run}.yaml"
-        said = {**said, **load(own)} if own.is_file() else said
+        known = {path.stem for path in (ROOT / "params" / "runs").glob("*.yaml")}
+        said = {**said, **load_run(run)} if run in known else said
     parameters = model.build(overlaid(said, values))
-    return parameters, {key for key, value in values.items() if value != said.get(key, default[key])}
+    if parameters.study.startswith(PRETEXT) and not _is_pretext(parameters):
+        raise ParameterError(f"study: {RESERVED}")
+    said = {key: said.get(key, default[key]) for key in values}  # a number may be given, or said, as text
+    changed = {key for key, value in values.items() if said[key] not in (value, getattr(parameters, key))}
+    return parameters, changed
+
+
+def _is_pretext(parameters):
+    """Whether these are the parameters of what `init: phantom` starts from."""
+    pretext = Run.build(parameters.model_dump()).pretext
+    keys = {"study", *IDENTITY} & type(parameters).model_fields.keys()
+    return all(getattr(parameters, key) == getattr(pretext, key) for key in keys)
+
+
+def _refuse_code(cells):
+    """papermill pastes the keys of a parameter file into a cell as they are, so a key may be code. By now it has run:
+    all that can be done is to say so."""
+    plain = (ast.Assign, ast.Name, ast.Constant, ast.List, ast.Dict, ast.UnaryOp)
+    injected = [ast.parse(cell) for cell in cells if cell.startswith("# Parameters\n")]
+    for node in (node for cell in injected for node in ast.walk(cell) if isinstance(node, (ast.stmt, ast.expr))):
+        number = isinstance(node, ast.Call) and ast.unparse(node.func) == "float"  # float('nan')
+        if not isinstance(node, plain) and not number:
+            raise ParameterError(
+                f"papermill was given parameters that hold code, and it has run: {shown(ast.unparse(node))}. Read the "
+                "parameter file before anything else"
+            )
 
 
 def _refuse_in_one_line():
@@ -287,11 +340,12 @@ class Subject:
     @cached_property
     def model(self) -> Classifier:
         record = require_trained(self.run)
-        if labels_digest(self.films) != record["identity"]["labels"]:
+        if labels_digest(self.films) != record["identity"].get("labels"):
             raise TrainingError(
                 f"{self.run.run_folder}: trained with other films, labels or splits than {self.release.root} has. Run "
                 "01_train with these films first, in a study of their own"
             )
+        verify_weights(self.run, self.run.weights_path.name)
         return load_model(self.run.weights_path, self.run.backbone, self.run.n_outputs).to(self.device)
 
     @cached_property

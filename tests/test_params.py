@@ -1,7 +1,12 @@
+import base64
 import math
+import os
+import runpy
+import sys
 
 import pytest
 import yaml
+from papermill.translators import PythonTranslator
 from pydantic import ValidationError
 
 from lib import params
@@ -309,6 +314,7 @@ def test_lenses_look_at_runs_of_the_study():
         Study.build({"runs": ["binary-tdensenet-bce"], "attribution": ["binary-resnet50-bce"]})
     fewer = load_study("demo", runs=["multilabel-tdensenet-focal"])
     assert fewer.attribution == fewer.features == ["multilabel-tdensenet-focal"]
+    assert load_study("demo", runs=("multilabel-tdensenet-focal",)) == fewer
 
 
 def test_imba_augmentation_mirrors():
@@ -345,3 +351,248 @@ def test_chexnet_files_are_those_named_from_the_projects_root(tmp_path):
         {"chexnet": "weights/model.pth.tar", "chexnet_train_list": str(tmp_path / "train.txt")}
     ).chexnet_files
     assert found == {"chexnet": ROOT / "weights" / "model.pth.tar", "chexnet_train_list": tmp_path / "train.txt"}
+
+
+# --- faults: whatever a file holds, a sentence says what is wrong with it
+
+HOSTILE = (
+    "$(touch x)",
+    "a b",
+    "a'b",
+    'a"b',
+    "a\nb",
+    "..",
+    "../runs/binary-resnet50-bce",
+    "-x",
+    ".x",
+    "x" * 101,
+    "é",
+    "",
+)
+SMALL = "study: broken\nruns: [binary-resnet50-bce]\n"
+BINARY = base64.b64encode(b'" + str(1 / 0) + "').decode()
+
+
+def refused(call, *words):
+    """The one sentence that `call` is refused with."""
+    with pytest.raises(ParameterError) as error:
+        call()
+    said = str(error.value)
+    assert "\n" not in said and len(said) < 700 and all(word in said for word in words), said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 3\nbatch_size: 4\nepochs: 5\n", "lines 3 and 5: the key 'epochs' stands there twice"),
+        ('epochs: 3\n"epochs": 5\n', "lines 3 and 4: the key 'epochs' stands there twice"),
+        ("<<: [{epochs: 9}]\n", "must hold flat"),
+        ("seeds: &s [*s]\n", "must hold flat"),
+        ("seeds: [[1], [2]]\n", "must hold flat"),
+        ("runs: [{a: 1}]\n", "must hold flat"),
+        ("? [a]\n: 3\n", "must hold flat"),
+        ("seeds: " + "[" * 2000 + "]" * 2000, "must hold flat"),
+        (f"data_root: !!binary {BINARY}\n", "line 3: the tag 'tag:yaml.org,2002:binary' is not read"),
+        ("seeds: !!set {0}\n", "line 3: the tag 'tag:yaml.org,2002:set' is not read"),
+        ("init: !!python/object/apply:os.getcwd []\n", "line 3: the tag 'tag:yaml.org,2002:python/object"),
+        ("1: 2\n", "'1': no such parameter"),
+        ("yes: 2\n", "yes: no such parameter"),
+        ("'': 2\n", "'': no such parameter"),
+        ('"x = 1\\nimport os": 3\n', "'x = 1\\nimport os': no such parameter"),
+        ("phantom_films: 0500\n", "line 3: to yaml '0500' is octal"),
+        ("phantom_films: 0x1F4\n", "line 3: to yaml '0x1F4' is octal, hexadecimal"),
+        ("phantom_films: 1:30\n", "line 3: to yaml '1:30' is octal, hexadecimal, a time"),
+        (f"phantom_films: {'9' * 5000}\n", "or a huge number: write it in plain digits"),
+        (f"phantom_films: '{'9' * 5000}'\n", "phantom_films: Unable to parse"),
+        ("phantom_films: 99999999999999999999\n", "must be below 2147483648 (got 99999999999999999999)"),
+        ("epochs: true\n", "epochs: true and false"),
+        ("learning_rate: on\n", "learning_rate: true and false"),
+        ("seeds: [true]\n", "seeds: true and false"),
+        ("token_grid: [true, true]\n", "token_grid: true and false"),
+        ("seeds: [99999999999]\n", "seeds.0: Input should be less than 2147483648"),
+        ("seeds: [1, 1.0]\n", "seeds: names an entry twice"),
+        ("learning_rate: .nan\n", "learning_rate: Input should be a finite number"),
+        ("epochs:\n", "epochs: Input should be a valid integer (got None)"),
+        ("token_grid: [3]\n", "token_grid: takes two numbers, rows and columns, such as [8, 8]; or none"),
+        ('data_root: "a\\0b"\n', "data_root: must be one line"),
+        ('data_root: "a\\nb"\n', "data_root: must be one line"),
+        ('data_root: "\\ud800"\n', "data_root: must be one line"),
+        (f"data_root: {'x' * 5000}\n", "data_root: must be one line of at most 1000 letters"),
+        (f"loss_factor: {'x' * 20000}\n", "loss_factor: Input should be a valid number"),
+        (f"epochs: [{'1, ' * 3000}1]\n", "(got [1, 1, 1, 1, 1, 1, ...])"),
+        ("".join(f"k{i}: 1\n" for i in range(100)), "k4: no such parameter; and 95 more"),
+        ("companions: [broken]\n", "companions names broken, which is this study itself"),
+        ("phantom_marker: Pneumothorx\n", "there is no class 'Pneumothorx' to look at; did you mean Pneumothorax?"),
+        ("feature_class: Pneumonya\n", "there is no class 'Pneumonya' to look at; did you mean Pneumonia?"),
+        ("---\nstudy: broken\n", "not valid yaml: expected a single document"),
+        ("data_root: a\0b\n", "not valid yaml: unacceptable character #x0000"),
+        ("data_root: =\n", "not valid yaml: could not determine a constructor"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_what_a_file_must_not_say(elsewhere, text, message):
+    elsewhere("studies", "broken", SMALL + text)
+    refused(lambda: load_study("broken"), "broken.yaml: ", message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("study: broken # \xe9\n".encode("latin-1"), "byte 16 is no UTF-8: save it as text in UTF-8"),
+        (SMALL.encode("utf-16"), "byte 0 is no UTF-8"),
+        (bytes(range(256)), "byte 128 is no UTF-8"),
+        (SMALL.encode() + b"#" * 2**17, "is longer than 64 KiB"),
+        (b"# nothing\n", "must hold flat 'key: value' lines, and holds none"),
+        (None, "is a folder, a device or a broken link"),
+        ("/dev/zero", "is a folder, a device or a broken link"),
+        ("nowhere", "is a folder, a device or a broken link"),
+        ("broken.yaml", "is a folder, a device or a broken link"),
+        ("/proc/self/mem", "cannot be read (Input/output error)"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_what_is_no_file_of_parameters(elsewhere, content, message):
+    path = elsewhere("studies", "broken", "")
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        path.symlink_to(content)
+    else:
+        path.mkdir()
+    refused(lambda: load_study("broken"), f"{path}: ", message)
+
+
+def test_a_pipe_is_no_file_of_parameters(elsewhere):
+    path = elsewhere("studies", "broken", "")
+    path.unlink()
+    os.mkfifo(path)
+    refused(lambda: load_study("broken"), "is a folder, a device or a broken link")
+
+
+def test_what_good_files_may_say(elsewhere):
+    """Dates are words, as to papermill; lists may be shared; a number may stand in quotes."""
+    text = "\ufeffstudy: fine\r\nruns: &r [binary-resnet50-bce]\r\nfeatures: *r\r\ndata_root: 2020-01-01\r\n"
+    elsewhere("studies", "fine", text + "learning_rate: 1\nepochs: '7'\nseeds: [1.0]\nflip: 'no'\nweight_decay: 1e-4\n")
+    study = load_study("fine")
+    assert (study.data_root, study.learning_rate, study.epochs, study.seeds) == ("2020-01-01", 1.0, 7, [1])
+    assert (study.flip, study.weight_decay, study.features) == (False, 1e-4, ["binary-resnet50-bce"])
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: repr(name)[:12])
+def test_a_name_is_one_plain_word(elsewhere, name):
+    """It becomes a folder, a file's name and a word of a shell's line, so nothing is looked up by another."""
+    rule = "a name has letters, digits and _ . + - alone"
+    refused(lambda: load_study(name), "names no file of params/studies: ", rule)
+    refused(lambda: load_study("small").run(name), "names no file of params/runs: ", rule)
+    for key in ("runs", "attribution", "features", "companions"):
+        refused(lambda key=key: load_study("small", **{key: [name]}), f"{key}.0: {rule}")
+    refused(lambda: Run.build({"backbone": name}), f"backbone: {rule}")
+
+
+def test_names_of_timm_are_plain_words(elsewhere):
+    elsewhere("runs", "binary-resnet50.a1_in1k-bce", "task: binary\nbackbone: resnet50.a1_in1k\nloss: bce\n")
+    assert load_study("small", runs=["binary-resnet50.a1_in1k-bce"]).every_run[0].backbone == "resnet50.a1_in1k"
+
+
+def test_a_name_that_is_none_is_refused():
+    for name in (None, True, 3, ["demo"]):
+        refused(lambda name=name: load_study(name), "names no file of params/studies")
+
+
+def test_the_names_of_pretexts_are_kept(elsewhere):
+    elsewhere("studies", "pretext_66px", "study: pretext_66px\nruns: [binary-resnet50-bce]\n")
+    refused(lambda: load_study("pretext_66px"), "are kept for the runs that init: phantom starts from; choose another")
+
+
+@pytest.mark.parametrize("text", ["study: other", "seed: 5", "seeds: [5]", "features: []", "companions: []"])
+def test_a_runs_file_says_nothing_of_the_study(elsewhere, text):
+    """study would have had its results written to another study's folder, seed would have been dropped in silence."""
+    elsewhere("runs", "binary-resnet50-bce", f"task: binary\nbackbone: resnet50\nloss: bce\n{text}\n")
+    refused(lambda: load_study("small"), f"binary-resnet50-bce.yaml: {text.partition(':')[0]} is for a study's file")
+
+
+def test_a_runs_file_has_each_key_once(elsewhere):
+    elsewhere("runs", "binary-resnet50-bce", "task: binary\nbackbone: resnet50\nloss: focal\nloss: bce\n")
+    refused(
+        lambda: load_study("small"), "runs/binary-resnet50-bce.yaml: lines 3 and 4: the key 'loss' stands there twice"
+    )
+
+
+def test_a_run_that_is_a_folder(elsewhere):
+    path = elsewhere("runs", "binary-resnet50-focal", "")
+    path.unlink()
+    path.mkdir()
+    refused(
+        lambda: load_study("small", runs=["binary-resnet50-focal"]),
+        "no file params/runs/binary-resnet50-focal.yaml; did you mean binary-resnet50-bce?",
+    )
+
+
+def test_the_class_whose_features_are_shown_is_one_of_the_task(elsewhere):
+    """07 would have found it after the training."""
+    elsewhere("runs", "multilabel-resnet50-bce", "task: multilabel\nbackbone: resnet50\nloss: bce\n")
+    runs = ["binary-resnet50-bce", "multilabel-resnet50-bce"]
+    assert load_study("small", runs=runs, features=runs[1:], feature_class="Mass").feature_class == "Mass"
+    for keys, word in (
+        ({"features": runs, "feature_class": "Mass"}, "no class 'Mass' to look at (Unhealthy)"),
+        ({"features": runs[1:], "feature_class": "7"}, "no class '7' to look at"),
+        ({"features": runs[1:], "phantom_marker": "No Finding", "no_finding_output": False}, "no class 'No Finding'"),
+    ):
+        refused(lambda keys=keys: load_study("small", runs=runs, **keys), "feature_class: ", word)
+
+
+@pytest.mark.parametrize("runs", [5, None, "binary-resnet50-bce", {"a": 1}, [["a"]], [None]])
+def test_runs_of_the_command_line_that_are_no_list_of_names(elsewhere, runs):
+    elsewhere("studies", "small", "study: small\nruns: [binary-resnet50-bce]\nfeatures:\n")
+    refused(
+        lambda: load_study("small", runs=runs), "small.yaml: runs", "features: Input should be a valid list (got None)"
+    )
+
+
+def test_companions_may_name_each_other(elsewhere):
+    for name, other in ("ab", "ba"):
+        elsewhere("studies", name, f"study: {name}\nruns: [binary-resnet50-bce]\ncompanions: [{other}]\n")
+    assert load_study("a").companions == ["b"] and load_study("b").companions == ["a"]
+
+
+def test_values_of_any_size_are_refused_in_a_line():
+    refused(lambda: Run.build({"token_grid": (True, True)}), "token_grid: true and false")
+    for key in ("seed", "connectivity", "epochs", "task"):
+        for value in (10**5000, "x" * 10**5, ["x"] * 10**5, {"x": "x" * 10**5}):
+            refused(lambda key=key, value=value: Run.build({key: value}), f"{key}: ")
+    refused(lambda: Run.build({"x" * 10**5: 1}), "no such parameter")
+
+
+def test_what_papermill_makes_of_a_file_that_was_read_is_what_was_read(elsewhere):
+    """papermill writes values into a cell as Python; what it would write unquoted is refused above."""
+    words = [
+        '"',
+        "\\",
+        '\\"',
+        "'''",
+        '"""',
+        "{x}",
+        "$(id)",
+        "`id`",
+        "\u2028",
+        "\U0001f600",
+        "#",
+        '" + str(1 / 0) + "',
+        "\\N{DASH}",
+    ]
+    text = "study: broken\n" + yaml.safe_dump({"data_root": "".join(words), "runs": words}, allow_unicode=True)
+    values, cell = load(elsewhere("studies", "broken", text)), {}
+    exec(PythonTranslator.codify(values), {}, cell)
+    assert cell == values == {"study": "broken", "data_root": "".join(words), "runs": words}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [([], "name one study"), (["a", "b"], "name one study"), (["../x"], "'../x'")]
+)
+def test_the_command_refuses_in_a_line(words, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lib.params", *words])
+    with pytest.raises(SystemExit, match=said) as ended:
+        runpy.run_path(params.__file__, run_name="__main__")
+    assert len(str(ended.value).splitlines()) == 1

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from papermill.translators import PythonTranslator
 from safetensors.torch import save_file
 
 from lib import params, records
@@ -243,3 +244,81 @@ def test_simulated_films_know_the_truth(small_phantom, study):
     assert len(lungs) == len(lesions) == 2 and lungs[0].any() and isinstance(lesions[0], dict)
     assert opened.exact and not OpenStudy(Run.build({"release": "nih", "data_root": "films"})).exact
     assert isinstance(opened.subject(opened.study), Subject)
+
+
+# --- faults
+
+
+def test_code_among_the_parameters_is_said(study):
+    """papermill pastes a key as it is, so that of a foreign file may be code: nothing else would ever tell."""
+    given = {"study": study("mine"), "epochs": 3}
+    plain = "# Parameters\nepochs = 3\nseeds = [1, -2]\nnote = {'a': None}\nlearning_rate = float('nan')\n"
+    assert open_run(given | {"In": ["", "import this; print(this)", plain]}, trained=False).run.epochs == 3
+    for key, code in (
+        ("epochs = 3\nimport os; seed", "import os"),
+        ("epochs = 3; print(1); seed", "print(1)"),
+        ("epochs = __import__('os').getpid(); seed", "__import__"),
+        ("epochs = [one for one in (1,)][0]; seed", "[one for one in"),
+        ("study.real", "study.real"),
+        ("epochs: print(1)", "epochs: print(1) = 0"),
+    ):
+        pasted = PythonTranslator.codify({"study": "mine", key: 0})
+        with pytest.raises(ParameterError, match="hold code, and it has run.*Read the parameter file") as error:
+            open_run(given | {"In": ["", "study = 'demo'", pasted]}, trained=False)
+        assert code in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../../x", "$(touch x)", "a\nb", "", "x" * 300, 5, ["demo"]])
+def test_a_name_is_checked_before_any_file_is_looked_for(study, name):
+    study("mine")
+    for open_one in (open_study, lambda given: open_run(given, trained=False)):
+        with pytest.raises(ParameterError, match="names no file of params/studies: a name has letters") as error:
+            open_one({"study": name})
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    with pytest.raises(ParameterError, match="^the parameters: (backbone|task|loss): "):
+        open_run({"study": "mine", "backbone": name, "loss": "focal"}, trained=False)
+
+
+def test_a_file_with_a_key_twice_is_refused_by_the_door_too(study, tmp_path):
+    for kind, name in (("studies", study("mine")), ("runs", "multilabel-tdensenet-focal")):
+        path = tmp_path / "params" / kind / f"{name}.yaml"
+        whole = path.read_text()
+        path.write_text(whole + whole.splitlines()[-1])
+        with pytest.raises(ParameterError, match=f"{kind}/{name}.yaml: lines .* stands there twice"):
+            open_run({"study": "mine"}, trained=False)
+        path.write_text(whole)
+    assert open_run({"study": "mine"}, trained=False)
+
+
+def test_numbers_in_words_are_no_other_options(study):
+    """papermill -r gives every value as text."""
+    name = study("mine", n_replicates=5)
+    assert open_study({"study": name, "n_replicates": "5"}).path("x").parent.name == name
+    assert open_study({"study": name, "n_replicates": "6"}).path("x").parent.name == "n_replicates=6"
+
+
+def test_the_studies_of_pretexts_hold_nothing_else(study, tmp_path):
+    study("mine")
+    shutil.copy(ROOT / "params" / "studies" / "pretext.yaml", tmp_path / "params" / "studies")
+    pretext = {**load(ROOT / "params" / "studies" / "pretext.yaml"), "study": "pretext_66px"}
+    own = pretext | {"task": "multilabel", "backbone": "resnet50", "loss": "bce", "seed": 0}
+    assert (
+        open_run(own | {"device": "cpu"}, trained=False).run
+        == Run.build(own | {"init": "phantom", "device": "cpu"}).pretext
+    )
+    assert open_study(pretext).study.study == "pretext_66px"
+    for other in ({"loss": "focal"}, {"epochs": 9}, {"task": "binary"}, {"study": "pretext_1"}, {"seed": 1}):
+        with pytest.raises(ParameterError, match="pretext_ are kept for the runs that init: phantom starts from"):
+            open_run(own | other, trained=False)
+    with pytest.raises(ParameterError, match="pretext_ are kept"):
+        open_study(pretext | {"phantom_films": 100})
+
+
+def test_lists_of_chexnet_that_are_not_there(study, tmp_path):
+    (tmp_path / "weights").write_bytes(b"")
+    given = {"study": study("mine"), "chexnet": str(tmp_path / "weights")}
+    assert open_run(given, chexnet=True)
+    for key in ("chexnet", "chexnet_train_list", "chexnet_val_list"):
+        for path in (tmp_path / "nowhere", tmp_path, "x" * 300):
+            with pytest.raises(ModelError, match=f"^{key}: there is no file /"):
+                open_run(given | {key: str(path)}, chexnet=True)
