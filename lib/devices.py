@@ -38,6 +38,8 @@ def choose_device(name: str = "auto", local_rank: int | None = None) -> torch.de
         raise DeviceError(f"device {name!r} was asked for, and torch sees no GPU: set device to auto or cpu")
     if name == "cuda":
         name = f"cuda:{hold_gpus(1)[0] if local_rank is None else local_rank}"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device 'mps' was asked for, and torch sees no such GPU: set device to auto or cpu")
     device = torch.device(name)
     if device.type == "cuda":
         n = torch.cuda.device_count()
@@ -65,20 +67,27 @@ def hold_gpus(n: int) -> list[int]:
     Raises
     ------
     DeviceError
-        There are fewer than `n`.
+        There are fewer than `n`, or the locks cannot be written.
     """
     names = gpu_names()
     if n > len(names):
         raise DeviceError(f"gpus is {n}, and torch sees {len(names)}: set gpus to at most that")
-    folder = Path(tempfile.gettempdir()) / f"chest-xray-imbalance-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    held = []
-    for holder in itertools.count():
-        for index, name in enumerate(names):
-            if index not in held and try_lock(folder / f"gpu-{name}-{holder}.lock") is not None:
-                held.append(index)
-                if len(held) == n:
-                    return held
+    try:
+        folder = Path(tempfile.gettempdir()) / f"chest-xray-imbalance-{os.getuid()}"
+        folder.mkdir(exist_ok=True)
+        held = []
+        for holder in itertools.count():
+            for index, name in enumerate(names):
+                lock = folder / f"gpu-{name.replace('/', '_')}-{holder}.lock"  # a part of a GPU may be MIG-GPU-…/1/0
+                if index not in held and try_lock(lock) is not None:
+                    held.append(index)
+                    if len(held) == n:
+                        return held
+    except OSError as error:
+        raise DeviceError(
+            f"processes share GPUs out by locks, and {error.filename or 'their folder'} cannot be written "
+            f"({error.strerror}): make way for it, or name another folder by the environment variable TMPDIR"
+        ) from error
 
 
 def gpu_names() -> list[str]:

@@ -5,6 +5,8 @@ works by its name.
 """
 
 import difflib
+import hashlib
+import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -174,6 +176,8 @@ def check_backbone(backbone: str) -> None:
 
 def _trunk(backbone: str, pretrained: bool) -> tuple[nn.Module, int]:
     check_backbone(backbone)
+    if pretrained:  # else torchvision runs what a file in the cache says
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         if backbone in BACKBONES:
             make, weights, *_ = BACKBONES[backbone]
@@ -184,12 +188,14 @@ def _trunk(backbone: str, pretrained: bool) -> tuple[nn.Module, int]:
         import timm
 
         network = timm.create_model(backbone, pretrained=pretrained, num_classes=0, global_pool="")
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
+    except Exception as error:  # of torch, safetensors and the network
+        if not pretrained or isinstance(error, ModelError):
             raise
+        why = "more than tensors" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
         raise ModelError(
-            f"the ImageNet weights of {backbone} could not be downloaded ({error}). Either download them elsewhere "
-            "and set init to that local file (.pth or .safetensors), or set init: scratch to train from random weights"
+            f"the ImageNet weights of {backbone} could not be downloaded or read ({type(error).__name__}: {why}). "
+            f"Delete a damaged copy in {torch.hub.get_dir()}/checkpoints, or download them elsewhere and set init to "
+            "that local file (.pth or .safetensors), or set init: scratch to train from random weights"
         ) from error
     with torch.no_grad():
         maps = network.eval()(torch.zeros(1, 3, 224, 224))
@@ -225,6 +231,7 @@ def _load_trunk(trunk: nn.Module, path: str, backbone: str) -> None:
         faults += [f"{len(other)} have another shape, the first is {other[0]} {shapes}"]
     if faults:
         raise ModelError(f"{path} does not hold weights of {backbone}: {'; '.join(faults)}")
+    _require_numbers(wanted, {name: state[name] for name in fits}, path)
     trunk.load_state_dict({name: state[name] for name in fits}, strict=False)
 
 
@@ -260,11 +267,27 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             "Save model.state_dict() and nothing else"
         ) from None
     except Exception as error:  # safetensors and pickle raise types of their own
-        raise ModelError(f"{path} is not a readable weights file ({type(error).__name__}: {error})") from error
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(f"{path} is not a readable weights file ({why}): put a whole copy in its place") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         raise ModelError(f"{path} holds no dictionary of tensors: save model.state_dict()")
-    return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+    state = {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor) and isinstance(name, str)}
+    for name, tensor in state.items():
+        plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ModelError(f"{path}: tensor {name} is sparse, quantized or not whole: save plain tensors")
+    return state
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The first 16 digits of the SHA-256 of tensors on the CPU: names, types, shapes and bits, whatever file they lie
+    in."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def load_model(path: str | Path, backbone: str, n_outputs: int) -> Classifier:
@@ -335,11 +358,21 @@ def _with_head(model: Classifier, weight: torch.Tensor, bias: torch.Tensor) -> C
 
 
 def _require_same(wanted: Mapping, state: Mapping, path: str | Path, what: str) -> None:
-    wanted, found = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (wanted, state))
-    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    shapes, found = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (wanted, state))
+    differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if differing:
         name = differing[0]
         raise ModelError(
             f"{path} is not {what}: {len(differing)} tensors differ, the first is {name} "
-            f"(file: {found.get(name, 'absent')}, model: {wanted.get(name, 'absent')})"
+            f"(file: {found.get(name, 'absent')}, model: {shapes.get(name, 'absent')})"
         )
+    _require_numbers(wanted, state, path)
+
+
+def _require_numbers(wanted, state, path):
+    """Refuse what a copy into the model would cast or carry along without a word: `state` has its names and shapes."""
+    for name, tensor in state.items():
+        if wanted[name].is_floating_point() and not tensor.is_floating_point():
+            raise ModelError(f"{path}: tensor {name} is {tensor.dtype}, not of floating point: save it as float32")
+        if not tensor.to(wanted[name].dtype).isfinite().all():
+            raise ModelError(f"{path}: tensor {name} holds NaN or infinity: take weights from before they diverged")

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +11,34 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lib.locks import whole
 from lib.params import Study
 
 
 class RecordError(FileNotFoundError):
-    """Results that other steps have not made yet; the message names the runs and the notebooks."""
+    """Results that are not there yet, are damaged, or cannot be written; the message names the file and the way out."""
+
+
+# A quota and a limit of a file's size are full disks too.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Who writes what is read again.
+NOTEBOOKS = {
+    "run.json": "01_train",
+    "finished.json": "01_train",
+    "training.csv": "01_train",
+    "predictions.parquet": "02_metrics",
+    "metrics.csv": "02_metrics",
+    "cam_alignment.parquet": "03_cam_alignment",
+    "concepts.parquet": "04_dissection",
+}
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success flush it to disk and move it into place, on failure
     remove it.
+
+    Two writers of one file take turns; what a killed one left is written over by the next: see `locks.whole`.
 
     Parameters
     ----------
@@ -36,62 +52,90 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     Raises
     ------
-    OSError
-        The disk is full; the file that did not fit is named. Other errors of the writer pass as they are.
+    RecordError
+        The disk is full, or `path` is no place where a file can be written. Other errors of the writer pass as they
+        are.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    path, of_writer = Path(path), None
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, outlives a power cut
-        os.fsync(folder)
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            mode = temporary.stat().st_mode
+            try:
+                yield temporary
+            except Exception as error:
+                of_writer = error
+                raise
+            os.chmod(temporary, mode)  # safetensors moves a file of its own there
     except Exception as error:
-        if _disk_is_full(error, path.parent):
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left on the disk while writing {path}; nothing was replaced. Free some space and run again",
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+        if full := _full_disk(error, path.parent):
+            fault = f"no space left on the disk while writing {path}; nothing was replaced ({os.strerror(full)})"
+            way = "Free some space and run again"
+        elif error is of_writer or not isinstance(error, OSError):
+            raise
+        else:
+            fault = f"{path} cannot be written ({error.strerror}: {error.filename or path}); nothing was replaced"
+            way = "Make way for it, or name another folder by the environment variable OUTPUTS"
+        refusal = RecordError(f"{fault}. {way}")
+        refusal.errno = full or error.errno
+        raise refusal from error
 
 
-def _disk_is_full(error, folder):
-    """Whether a writer failed for want of space. safetensors and torch raise types of their own, and torch does not
-    name the cause."""
-    return (
-        getattr(error, "errno", None) == errno.ENOSPC
-        or f"os error {errno.ENOSPC}" in str(error)
-        or shutil.disk_usage(folder).free < 2**20
-    )
+def _full_disk(error, folder):
+    """The number of the error by which a writer failed for want of space, or None. safetensors and torch raise types
+    of their own; torch keeps the cause as the context, or, where it opened the file itself, not at all."""
+    for one in (error, error.__cause__, error.__context__):
+        for number in FULL:
+            if getattr(one, "errno", None) == number or f"os error {number})" in str(one):
+                return number
+    return errno.ENOSPC if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20 else None
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def damaged(path: str | Path, why: object) -> RecordError:
+    """The error for a result that is not as it was written; for want of a better way it is made again."""
+    if isinstance(why, OSError) and why.errno:  # pyarrow's own have none
+        return RecordError(f"{path} cannot be read ({why.strerror}): see its permissions and its disk")
+    why = str(why).partition("\n")[0]
+    return RecordError(f"{path} is damaged ({why}): delete it and run {_maker(path)} again")
+
+
+def _maker(path):
+    return NOTEBOOKS.get(Path(path).name, "the notebook that writes it")
 
 
 def write_table(frame: pd.DataFrame, path: str | Path) -> None:
     """Write a tidy table, atomically: csv or parquet by the suffix of `path`, without the index."""
     with atomic(path) as temporary:
         if Path(path).suffix == ".parquet":
-            frame.to_parquet(temporary, index=False)
+            frame.to_parquet(temporary, index=False, write_page_checksum=True)
         else:
             frame.to_csv(temporary, index=False)
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Read a table written by `write_table`."""
-    return pd.read_parquet(path) if Path(path).suffix == ".parquet" else pd.read_csv(path)
+    """Read a table written by `write_table`.
+
+    Raises
+    ------
+    RecordError
+        It is missing, empty, cut short or otherwise damaged, as far as can be told: a parquet file has checksums, a
+        csv none.
+    """
+    path = _present(path)
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path, page_checksum_verification=True)
+        if not (content := path.read_bytes()).endswith(b"\n") or b"\0" in content:
+            raise ValueError("empty or cut short")
+        return pd.read_csv(path)
+    except (ValueError, OSError) as error:  # of pandas and pyarrow
+        raise damaged(path, error) from error
+
+
+def _present(path):
+    if not (path := Path(path)).is_file():
+        raise RecordError(f"there is no file {path}: run {_maker(path)} first")
+    return path
 
 
 def read_runs(study: Study, name: str) -> pd.DataFrame:
@@ -138,12 +182,28 @@ def write_paper_table(table: pd.DataFrame, path: str | Path, markdown: str, late
 
 def write_json(record: dict, path: str | Path) -> None:
     """Write a dictionary of plain values as indented JSON, atomically. NaN is refused: JSON has none."""
-    write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", path)
+    write_text(json_text(record), path)
+
+
+def json_text(record: dict) -> str:
+    """What `write_json` writes."""
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a dictionary written by `write_json`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a dictionary written by `write_json`; `RecordError` where it is missing, or is no such file."""
+    path = _present(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__} instead of a dictionary")
+    except (ValueError, RecursionError, OSError) as error:
+        raise damaged(path, error) from error
+    return record
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is no JSON")
 
 
 def write_figure(figure: Figure, path: str | Path, dpi: int = 200) -> None:

@@ -17,9 +17,11 @@ import torch
 
 from lib import records
 from lib.params import IDENTITY, Run
+from lib.records import RecordError, damaged
 
 FINISHED = "finished.json"
-RESULTS = ("run.json", "training.csv", "model.safetensors", "model_last.safetensors")
+WEIGHTS = ("model.safetensors", "model_last.safetensors")
+RESULTS = ("run.json", "training.csv", *WEIGHTS)
 
 
 class TrainingError(RuntimeError):
@@ -33,6 +35,8 @@ def require_trained(run: Run) -> dict:
     ------
     TrainingError
         The run is not trained, not finished, or was trained with other parameters than `run` has; they are named.
+    RecordError
+        Its record is damaged.
     """
     path = run.run_folder / "run.json"
     if not path.is_file() or not run.weights_path.is_file():
@@ -40,7 +44,7 @@ def require_trained(run: Run) -> dict:
             f"{run.name} seed {run.seed} is not trained: {path.parent} holds no finished run. "
             "Run 01_train with these parameters first"
         )
-    record = records.read_json(path)
+    record = _sound(records.read_json(path), path)
     changed = differences(recorded_identity(record), run.identity)
     if record["status"] != "finished" or changed:
         fault = f"trained with other parameters ({changed})" if changed else f"its status is {record['status']}"
@@ -49,12 +53,69 @@ def require_trained(run: Run) -> dict:
 
 
 def is_trained(run: Run) -> bool:
-    """Whether `run` is finished with these very parameters."""
+    """Whether `run` is finished with these very parameters, as far as its record says."""
     try:
         require_trained(run)
-    except TrainingError:
+    except (TrainingError, RecordError):
         return False
     return True
+
+
+def verify_weights(run: Run, *names: str) -> None:
+    """Check the weights of a trained run, or those of its files that are named, against the digests on its record.
+
+    A run of the time before there were digests passes, which is said; the next 01_train puts them on record.
+
+    Raises
+    ------
+    TrainingError
+        The run is not trained, or a file of its weights is missing or not the one that training wrote.
+    RecordError
+        Its record is damaged.
+    """
+    record = require_trained(run)
+    if "weights" not in record:
+        print(
+            f"{run.name} seed {run.seed}: trained before digests of the weights went on record, so they are not "
+            "checked; 01_train adds them",
+            flush=True,
+        )
+        return
+    _verify(run, record, names or WEIGHTS)
+
+
+def _verify(run, record, names):
+    for name in names:
+        path, expected = run.run_folder / name, record["weights"].get(name)
+        found = digest(path) if path.is_file() else "no file"
+        if found != expected:
+            same = [other for other in WEIGHTS if other != name and record["weights"].get(other) == expected]
+            raise TrainingError(
+                f"{path} is not the file that training wrote (SHA-256 {found}, on record {expected}): put a copy of "
+                f"that in its place{f' ({same[0]} held the same)' if same else ''}, or delete it and run.json and run "
+                "01_train, which trains the run again"
+            )
+
+
+def require_place(run: Run) -> None:
+    """`TrainingError` where something else than a file bears the name of a file of the run, so that it would be found
+    when all has been trained."""
+    for path in (run.run_folder / name for name in RESULTS):
+        if path.exists() and not path.is_file():
+            raise TrainingError(f"{path} is no file, and a file of that name is to be written: move it away")
+    for path in (run.run_folder, run.run_folder / "state"):
+        if path.exists() and not path.is_dir():
+            raise TrainingError(f"{path} is no folder, and a folder of that name is to be written to: move it away")
+
+
+def _sound(record, path):
+    """A record that holds what is asked of it below."""
+    for key, kind in {"status": str, "parameters": dict, "identity": dict}.items():
+        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+            raise damaged(path, f"it lacks {key}")
+    if not isinstance(record.get("weights", {}), dict):
+        raise damaged(path, "its weights are no digests by name")
+    return record
 
 
 def recorded_identity(record: Mapping) -> dict:
@@ -96,7 +157,7 @@ def latest_state(folder: Path, identity: Mapping) -> dict | None:
         if not _whole(path):
             print(f"{path.name} is damaged and is passed over", flush=True)
             continue
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_state(path)
         changed = differences(recorded_identity(state["record"]), identity)
         if not changed:
             return state
@@ -105,57 +166,109 @@ def latest_state(folder: Path, identity: Mapping) -> dict | None:
     return None
 
 
+def _read_state(path):
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        _sound(state["record"], path)
+        _ = [state[key] for key in ("model", "optimizer", "epoch", "history", "best")]
+    except Exception as error:  # torch and pickle raise types of their own; torch's own text advises to trust the file
+        raise TrainingError(
+            f"{path} bears the digest of its bytes, and yet is no state of training that can be read "
+            f"({type(error).__name__}): if memory is not short, delete it, and training goes on from the state before"
+        ) from None
+    return state
+
+
 def discard_rest(run_folder: Path, state: dict | None) -> None:
     """Remove what a killed process left half-written, and the saved states that cannot follow on `state`: the damaged,
     and those of other parameters. Left in place they would count among the two latest."""
     whole = [path for path in _generations(run_folder / "state") if state is not None and _whole(path)]
-    for path in [*(run_folder / "state").glob("*"), *_half_written(run_folder)]:
-        if path not in whole:
+    for path in (run_folder / "state").glob("*"):
+        if path not in whole and not path.is_dir():
             path.unlink()
 
 
 def finish(run: Run, record: dict, history: list[dict]) -> pd.DataFrame:
     """Keep a copy of a finished run's record and history, write both, and drop the states it was trained with.
 
-    The copy comes first: whatever comes after can be done again from it, see `finished_history`.
+    The copy comes first: whatever comes after can be done again from it, see `finished_history`. What stands already is
+    not written.
+
+    Returns
+    -------
+    DataFrame
+        training.csv.
     """
-    records.write_json({"record": record, "history": history}, run.run_folder / "state" / FINISHED)
-    return _publish(run, record, history)
+    texts = {
+        f"state/{FINISHED}": records.json_text({"record": record, "history": history}),
+        "run.json": records.json_text(record),
+        "training.csv": pd.DataFrame(history).to_csv(index=False),
+    }
+    for path, text in ((run.run_folder / name, text) for name, text in texts.items()):
+        if not path.is_file() or path.read_bytes() != text.encode():
+            records.write_text(text, path)
+    for path in _generations(run.run_folder / "state"):
+        path.unlink()
+    return records.read_table(run.run_folder / "training.csv")
 
 
 def finished_history(run: Run, identity: Mapping, *, publish: bool = True) -> pd.DataFrame | None:
     """The rows of training.csv if `run` is finished with this very identity, else None.
 
     What has been removed since, or was not reached by a process that was killed while it finished, is done again; of
-    several processes only one may `publish` that.
+    several processes only one may `publish` that. A record of the time before there were digests of films and weights
+    is taken as it is, and gets them.
+
+    Raises
+    ------
+    TrainingError
+        It is finished, and its weights are not those that training wrote.
+    RecordError
+        What is on record is damaged.
     """
-    record, history, *weights = (run.run_folder / name for name in RESULTS)
-    kept = run.run_folder / "state" / FINISHED
-    if not all(path.is_file() for path in weights):
+    known = _kept(run) if all((run.run_folder / name).is_file() for name in WEIGHTS) else None
+    if known is None:
         return None
-    if kept.is_file():
-        known = records.read_json(kept)
-    elif record.is_file() and history.is_file():  # a run of the time before there were copies
-        known = {"record": records.read_json(record), "history": records.read_table(history).to_dict("records")}
-    else:
-        return None
-    changed = differences(recorded_identity(known["record"]), identity)
-    if known["record"]["status"] == "finished" and changed and publish:
+    record, checked = known["record"], "weights" in known["record"]
+    since = set() if checked else {"films", "initial_weights"}
+    changed = differences(recorded_identity(record), {key: identity[key] for key in identity.keys() - since})
+    if record["status"] == "finished" and changed and publish:
         print(f"{run.name} seed {run.seed}: was finished with other parameters ({changed}) and is replaced", flush=True)
-    if known["record"]["status"] != "finished" or changed:
+    if record["status"] != "finished" or changed:
         return None
-    return _publish(run, **known) if publish else pd.DataFrame(known["history"])
+    if checked:
+        _verify(run, record, WEIGHTS)
+    else:
+        record |= {"identity": dict(identity), "weights": weights_on_record(run)}
+        if publish:
+            print(
+                f"{run.name} seed {run.seed}: trained before digests of films and weights went on record; they do now, "
+                "as both are",
+                flush=True,
+            )
+    return finish(run, **known) if publish else pd.DataFrame(known["history"])
 
 
-def _publish(run, record, history):
-    table, paths = pd.DataFrame(history), [run.run_folder / name for name in RESULTS[:2]]
-    if not paths[0].is_file() or records.read_json(paths[0]) != record:
-        records.write_json(record, paths[0])
-    if not paths[1].is_file() or len(records.read_table(paths[1])) != len(table):
-        records.write_table(table, paths[1])
-    for path in [*_generations(run.run_folder / "state"), *_half_written(run.run_folder)]:
-        path.unlink()
-    return records.read_table(paths[1])
+def weights_on_record(run: Run) -> dict[str, str]:
+    """The digests of a run's weights files, by name."""
+    return {name: digest(run.run_folder / name) for name in WEIGHTS}
+
+
+def _kept(run):
+    """Record and history of a run: the copy, or the results where there is none, or None."""
+    copy, *results = (run.run_folder / name for name in (f"state/{FINISHED}", *RESULTS[:2]))
+    if copy.is_file():
+        known = records.read_json(copy)
+        _sound(known.get("record"), copy)
+        if not isinstance(known.get("history"), list):
+            raise damaged(copy, "it lacks history")
+        return {key: known[key] for key in ("record", "history")}
+    if not all(path.is_file() for path in results):
+        return None
+    # a run of the time before there were copies, or one that is not finished
+    record = _sound(records.read_json(results[0]), results[0])
+    finished = record["status"] == "finished"
+    return {"record": record, "history": records.read_table(results[1]).to_dict("records") if finished else []}
 
 
 def labels_digest(films: pd.DataFrame) -> str:
@@ -171,11 +284,7 @@ def digest(path: Path) -> str:
 
 
 def _generations(folder):
-    return sorted(folder.glob("epoch-*.pt"))
-
-
-def _half_written(run_folder):
-    return [left for name in RESULTS for left in run_folder.glob(f".{name}.*")]
+    return sorted(path for path in folder.glob("epoch-*.pt") if path.is_file())
 
 
 def _whole(path):

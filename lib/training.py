@@ -15,7 +15,7 @@ import threading
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,10 @@ from lib.data.release import task_targets
 from lib.devices import choose_device, device_name, gpu_names, hold_gpus, uses_bfloat16
 from lib.locks import exclusive
 from lib.losses import make_loss
-from lib.models import build_model
+from lib.models import build_model, read_weights, weights_digest
 from lib.params import ROOT, Run
 from lib.state import (
+    WEIGHTS,
     TrainingError,
     digest,
     discard_rest,
@@ -45,6 +46,9 @@ from lib.state import (
     is_trained,
     labels_digest,
     latest_state,
+    require_place,
+    verify_weights,
+    weights_on_record,
     write_state,
 )
 
@@ -153,20 +157,32 @@ def fit(run: Run) -> pd.DataFrame:
         A loss that is not finite (the last good epoch's state is kept), or a validation split on which AUROC is
         undefined.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # Another launcher's variables are not ours: with them a run of one process would wait for peers for ever.
+    rank, world = (int(os.environ.get(key, n)) if run.gpus > 1 else n for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    require_place(run)
     device = choose_device(run.device, int(os.environ["LOCAL_RANK"]) if world > 1 else None)
     # Weights first: an ImageNet file that cannot be fetched must stop the run before any film is decoded.
+    if run.init == "phantom":
+        verify_weights(run.pretext, run.init_path.name)
     init = str(run.init_path) if run.init_path else run.init
     model = build_model(run.backbone, run.n_outputs, init, run.seed)
     with ExitStack() as held:
         if rank == 0:
-            run.run_folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(
-                exclusive(
-                    run.run_folder / ".lock",
-                    f"{run.name} seed {run.seed}: another process trains it; waiting for its result",
+            try:
+                run.run_folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(
+                    exclusive(
+                        run.run_folder / ".lock",
+                        f"{run.name} seed {run.seed}: another process trains it; waiting for its result",
+                    )
                 )
-            )
+            except OSError as error:
+                fault = f"{run.run_folder} cannot be written ({error.strerror}: {error.filename})"
+                if not is_trained(run):
+                    raise TrainingError(f"{fault}: name another folder by the environment variable OUTPUTS") from error
+                verify_weights(run)
+                _say(rank, f"{run.name} seed {run.seed}: already trained; {fault}, so its films are not looked at")
+                return records.read_table(run.run_folder / "training.csv")
         if world > 1:
             # The other ranks wait here for the one that waits for the lock, and at the end of each epoch for the one
             # that validates.
@@ -185,9 +201,9 @@ def _fit(run, model, init, device, rank, world):
     n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
     criterion = make_loss(run.loss, n_positive, len(rows["train"]) - n_positive, run)
     identity = run.identity | {
-        "films": store.fingerprint,
+        "films": store.digest,
         "labels": labels_digest(release.films),
-        "initial_weights": digest(init) if run.init_path else init,
+        "initial_weights": weights_digest(read_weights(init)) if run.init_path else init,
     }
     code = {name: digest(Path(__file__).parent / name) for name in CODE}
     record = {
@@ -211,6 +227,8 @@ def _fit(run, model, init, device, rank, world):
         _say(rank, f"{run.name} seed {run.seed}: already trained, {len(history)} epochs")
         _say_of_code(records.read_json(run.run_folder / "run.json").get("code", code), code, run, run.run_folder, rank)
         return history
+    if rank == 0:
+        store.verify()
     _check_validation(targets[rows["val"]], classes)
 
     low_precision = uses_bfloat16(run.precision, device)
@@ -276,9 +294,10 @@ def _fit(run, model, init, device, rank, world):
 
     if rank == 0:
         records.write_table(pd.DataFrame(history), run.run_folder / "training.csv")
-        header = {"run": run.name, "backbone": run.backbone, "task": run.task, "classes": json.dumps(classes)}
-        last = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        for name, tensors in (("model_last.safetensors", last), ("model.safetensors", best["model"])):
+        said = {"run": run.name, "backbone": run.backbone, "task": run.task, "classes": classes}
+        header = {"run": json.dumps(said)}  # one key: safetensors writes several in an order of chance
+        last = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        for name, tensors in zip(WEIGHTS, (best["model"], last), strict=True):
             tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
             with records.atomic(run.run_folder / name) as temporary:
                 temporary.write_bytes(save(tensors, metadata=header))
@@ -289,6 +308,7 @@ def _fit(run, model, init, device, rank, world):
             "train_seconds": round(sum(row["seconds"] for row in history), 1),
             "best_epoch": best_row["epoch"],
             "best_val_auroc": best_row["val_auroc"],
+            "weights": weights_on_record(run),
         }
         finish(run, record, history)
     if world > 1:
@@ -386,17 +406,28 @@ def schedule(step: int, total: int, warmup: int, final: float) -> float:
 
 def environment() -> dict:
     """Host, git commit and the versions that a result depends on, for the record."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    # Without the ceiling, a copy without .git within another repository would bear that one's commit.
+    options = {"cwd": ROOT, "env": os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}, "check": False}
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, **options)
+        commit = git.stdout.decode(errors="replace").strip()
+    except OSError:  # there is no git
+        commit = ""
     packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pandas", "opencv-python-headless", "numba")
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "host": platform.node(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
     }
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _say_of_code(old, new, run, folder, rank):

@@ -1,9 +1,13 @@
+import hashlib
+import math
+import os
 import pickle
 import urllib.error
 import zipfile
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torchvision.models import densenet121, resnet50
 
@@ -11,7 +15,7 @@ from lib import models
 from lib.analysis.inference import stream
 from lib.data.batches import Batch
 from lib.data.release import CLASSES
-from lib.models import build_model, layers, load_model, read_weights
+from lib.models import ModelError, build_model, layers, load_model, read_weights, weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -383,3 +387,79 @@ def test_a_hostile_chexnet_checkpoint_does_not_run(tmp_path):
     with pytest.raises(RuntimeError, match="not a readable weights file"):
         models.load_chexnet(tmp_path / "model.pth.tar")
     assert not (tmp_path / "ran").exists()
+
+
+# --- weights that would be cast or carried along without a word
+
+
+BAD = {
+    "complex64": lambda tensor: tensor.to(torch.complex64),
+    "int64": lambda tensor: tensor.to(torch.int64),
+    "NaN": lambda tensor: tensor.index_fill(0, torch.tensor([1]), math.nan),
+    "infinity": lambda tensor: tensor.double() + 1e300,  # finite, but not as float32
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "not whole": lambda tensor: torch.zeros(()).expand(tensor.shape),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_weights_that_are_no_numbers_are_refused_by_the_tensors_name(fault, tmp_path):
+    state = build_model("small_cnn", 2).state_dict()
+    torch.save(state | {"trunk.3.weight": BAD[fault](state["trunk.3.weight"])}, tmp_path / "bad.pth")
+    for load in (
+        lambda: build_model("small_cnn", 2, str(tmp_path / "bad.pth")),
+        lambda: load_model(tmp_path / "bad.pth", "small_cnn", 2),
+    ):
+        with pytest.raises(ModelError, match=f"bad.pth: tensor .*3.weight .*{fault}"):
+            load()
+
+
+def test_double_and_half_precision_are_cast(tmp_path):
+    state = build_model("small_cnn", 2, seed=1).state_dict()
+    for kind in (torch.float64, torch.float16, torch.bfloat16):
+        torch.save({name: tensor.to(kind) for name, tensor in state.items()} | {3: "x"}, tmp_path / "cast.pth")
+        model = build_model("small_cnn", 2, str(tmp_path / "cast.pth"))
+        assert all(tensor.dtype == state[name].dtype for name, tensor in model.state_dict().items())
+        torch.testing.assert_close(model.trunk[0].weight, state["trunk.0.weight"], rtol=0.01, atol=1e-4)
+
+
+def test_the_digest_of_weights_is_of_the_tensors(tmp_path):
+    state = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "c": torch.zeros(0, 2, dtype=torch.bfloat16)}
+    expected = hashlib.sha256()
+    for name in "abc":
+        expected.update(repr((name, str(state[name].dtype), tuple(state[name].shape))).encode())
+        expected.update(
+            state[name].float().numpy().tobytes() if name == "b" else b"\3" + bytes(7) if name == "a" else b""
+        )
+    assert weights_digest(state) == expected.hexdigest()[:16]
+    torch.save(state, tmp_path / "a.pth")
+    save_file(state, tmp_path / "a.safetensors", metadata={"x": "y"})
+    turned = {"b": state["b"].T.contiguous().T} | {name: state[name] for name in "ca"}
+    others = [read_weights(tmp_path / name) for name in ("a.pth", "a.safetensors")] + [turned]
+    assert [weights_digest(other) for other in others] == [weights_digest(state)] * 3
+    flipped = state["b"].clone()
+    flipped.view(torch.int32)[1, 1] ^= 1
+    changed = [{"b": flipped}, {"b": state["b"].reshape(3, 2)}, {"b": state["b"].view(torch.int32)}, {"d": state["b"]}]
+    assert len({weights_digest(state | change) for change in changed} | {weights_digest(state)}) == 5
+
+
+def test_a_program_in_the_cache_of_imagenet_weights_does_not_run(tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    path = tmp_path / "hub" / "checkpoints" / torchvision.models.DenseNet121_Weights.IMAGENET1K_V1.url.split("/")[-1]
+    for write in (
+        lambda: torch.save({"x": Evil()}, path),
+        lambda: path.write_bytes(b""),
+        lambda: path.write_bytes(b"PK"),
+    ):
+        write()
+        with pytest.raises(ModelError, match="of tdensenet .*damaged copy in .*hub/checkpoints") as error:
+            build_model("tdensenet", 1, "imagenet")
+        assert "weights_only" not in str(error.value) and not (tmp_path / "ran").exists()
+    with pytest.raises(ModelError, match="^small_cnn has no ImageNet weights: set init: scratch"):
+        build_model("small_cnn", 1, "imagenet")

@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 import stat
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lib import params, records
 from lib.params import Study
+from lib.records import RecordError
 
 FRAME = pd.DataFrame(
     {
@@ -102,6 +104,56 @@ def test_a_full_disk_is_named_whatever_the_writer_raises(tmp_path, monkeypatch, 
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG])
+def test_quotas_and_limits_of_size_are_full_disks_too(tmp_path, monkeypatch, number):
+    path = write_old(tmp_path / "x.csv")
+    cause = RuntimeError("unexpected pos 576 vs 534")  # as torch has it, whose own file it is not
+    cause.__context__ = OSError(number, os.strerror(number))
+    for error in (OSError(number, os.strerror(number)), cause):
+        with pytest.raises(RecordError, match="no space left .*x.csv; nothing was replaced .*(quota|too large)"):
+            with records.atomic(path):
+                raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.csv"]
+
+
+def test_a_disk_that_is_nearly_full_is_not_blamed_for_other_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr(records.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 4096}))
+    with pytest.raises(ValueError, match="bad value"), records.atomic(tmp_path / "x.csv"):
+        raise ValueError("bad value")
+
+
+def test_no_place_to_write_is_named_with_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    places = [tmp_path / "file" / "x.csv", tmp_path / "folder.csv", tmp_path / ("x" * 300 + ".csv")]
+    for path in places:
+        with pytest.raises(RecordError, match="cannot be written .*nothing was replaced.*OUTPUTS"):
+            records.write_text("new", path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.csv"]
+
+    def broken(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(RecordError, match="x.csv cannot be written .Input/output error"):
+        records.write_text("new", tmp_path / "x.csv")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.csv"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    for name in ("fig.png", "fig.pdf"):
+        child = os.fork()
+        if not child:
+            with records.atomic(tmp_path / name) as temporary:
+                temporary.write_text("half" * 10**6)
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 2
+    records.write_figure(figure, tmp_path / "fig", dpi=50)
+    assert sorted(os.listdir(tmp_path)) == ["fig.pdf", "fig.png"]
+
+
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "denied"), ValueError("bad value")])
 def test_other_errors_pass_as_they_are(tmp_path, error):
     with pytest.raises(type(error)) as caught, records.atomic(tmp_path / "x.csv"):
@@ -144,6 +196,45 @@ def test_json_refuses_what_it_cannot_give_back(tmp_path, value):
     with pytest.raises((ValueError, TypeError)):
         records.write_json({"a": {"b": [value]}}, path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"3", b'{"a": NaN}', b'{"a": "\xe9"}', b"[" * 10**5, b"\0" * 99]
+)
+def test_a_damaged_json_is_named_with_the_way_out(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(RecordError, match="run.json is damaged .*: delete it and run 01_train again$") as error:
+        records.read_json(tmp_path / "run.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "concepts.parquet"])
+def test_a_damaged_table_is_named_with_its_notebook(tmp_path, name):
+    path, maker = tmp_path / name, {"metrics.csv": "02_metrics", "concepts.parquet": "04_dissection"}[name]
+    with pytest.raises(RecordError, match=f"no file .*{name}: run {maker} first"):
+        records.read_table(path)
+    records.write_table(pd.concat([FRAME] * 100), path)
+    whole = path.read_bytes()
+    damages = [b"", whole[: len(whole) // 2 + 3], b"\0" * len(whole), whole[:200] + b"\0" * 99 + b"\n"]
+    if name == "concepts.parquet":  # a bit of a value, where nothing but a checksum tells
+        at = whole.index(np.float64(0.1 + 0.2).tobytes())
+        damages += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]]
+    for content in damages:
+        path.write_bytes(content)
+        with pytest.raises(RecordError, match=f"{name} is damaged .*: delete it and run {maker} again") as error:
+            records.read_table(path)
+        assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_read_need_not_be_deleted(tmp_path, monkeypatch):
+    path = write_old(tmp_path / "metrics.csv")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(records.Path, "read_bytes", refuse)
+    with pytest.raises(RecordError, match="metrics.csv cannot be read .Permission denied.: see its permissions"):
+        records.read_table(path)
 
 
 def test_tensors(tmp_path):

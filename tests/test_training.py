@@ -19,18 +19,29 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lib import devices, records, training
 from lib.data import open_data
 from lib.data.batches import count_batches
+from lib.data.store import Store, StoreError
 from lib.devices import DeviceError, choose_device, hold_gpus
 from lib.locks import exclusive, try_lock
 from lib.losses import Criterion
 from lib.models import build_model
 from lib.params import ROOT, Run
+from lib.records import RecordError
 from lib.runs import OpenStudy, Subject
-from lib.state import RESULTS, finished_history, is_trained, require_trained
+from lib.state import (
+    RESULTS,
+    WEIGHTS,
+    TrainingError,
+    digest,
+    finished_history,
+    is_trained,
+    require_trained,
+    verify_weights,
+)
 
 EPOCHS = 3
 # One server imports torch once; its children start in milliseconds, each a process of its own that can be killed.
@@ -175,7 +186,7 @@ def test_a_finished_run_leaves_what_is_promised(uninterrupted):
     (kept,) = (uninterrupted / "state").iterdir()  # no training state: hundreds of megabytes for a larger backbone
     assert kept.name == "finished.json" and records.read_json(kept)["record"] == record
     with safe_open(uninterrupted / "model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["classes"]) == record["classes"]
+        assert json.loads(file.metadata()["run"])["classes"] == record["classes"]
 
 
 def test_killed_before_each_move_of_a_file_it_ends_with_the_same_bits(new_run, uninterrupted, tmp_path):
@@ -194,6 +205,8 @@ def test_killed_before_each_move_of_a_file_it_ends_with_the_same_bits(new_run, u
     process.join()
     assert process.exitcode == 0 and "already trained" in (tmp_path / "log").read_text() and is_trained(run)
     assert differences(uninterrupted, run.run_folder) == []
+    for name in WEIGHTS:  # equal tensors, equal bytes
+        assert (run.run_folder / name).read_bytes() == (uninterrupted / name).read_bytes()
     left = {path.name for path in run.run_folder.rglob("*") if path.is_file()}
     assert left == {".lock", "finished.json", *RESULTS}
 
@@ -439,6 +452,219 @@ def test_a_full_disk_is_named_and_leaves_the_state_before(new_run, uninterrupted
     assert differences(uninterrupted, run.run_folder) == []
 
 
+# ---- what is on disk is not what training wrote
+
+
+@pytest.fixture
+def finished(new_run, uninterrupted):
+    run = new_run()
+    shutil.copytree(uninterrupted, run.run_folder)
+    return run
+
+
+def flip_three_bits(path):
+    content = bytearray(path.read_bytes())
+    for at in (-5000, -6001, -7002):
+        content[at] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    os.truncate(path, 1000)
+
+
+def other_tensors(path):
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("damage", [flip_three_bits, other_tensors, cut])
+def test_weights_that_training_did_not_write_are_refused(finished, damage, monkeypatch, capsys):
+    monkeypatch.setattr(training, "_train_epoch", lambda *_: pytest.fail("nobody asked for hours of training"))
+    verify_weights(finished)
+    damage(finished.run_folder / "model_last.safetensors")
+    message = "model_last.safetensors is not the file that training wrote .*delete it and run.json and run 01_train"
+    for use in (
+        lambda: Subject(finished, OpenStudy(finished)).model,
+        lambda: verify_weights(finished),
+        lambda: training.fit(finished),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            use()
+    best = finished.model_copy(update={"checkpoint": "best"})
+    assert not Subject(best, OpenStudy(best)).model.training
+    (finished.run_folder / "model.safetensors").unlink()
+    with pytest.raises(TrainingError, match="model.safetensors is not .*no file"):
+        verify_weights(finished)
+    assert "digests" not in capsys.readouterr().out
+
+
+def test_a_pretext_that_is_damaged_starts_no_run(new_run, finished, monkeypatch):
+    monkeypatch.setattr(Run, "pretext", property(lambda self: finished))
+    monkeypatch.setattr(training, "open_data", lambda run: pytest.fail("the weights are checked before the films"))
+    flip_three_bits(finished.weights_path)
+    with pytest.raises(TrainingError, match=f"{finished.weights_path} is not the file that training wrote"):
+        training.train(new_run("mine", init="phantom"))
+
+
+def test_a_run_of_the_time_before_digests_gets_them_and_is_not_trained_anew(
+    finished, uninterrupted, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "_train_epoch", lambda *_: pytest.fail("it is trained"))
+    kept = finished.run_folder / "state" / "finished.json"
+    known = records.read_json(kept)
+    today = json.loads(json.dumps(known["record"]))
+    del known["record"]["weights"]
+    known["record"]["identity"] |= {"films": "of another time", "initial_weights": "of another file"}
+    records.write_json(known, kept)
+    records.write_json(known["record"], finished.run_folder / "run.json")
+    verify_weights(finished)
+    assert "not checked; 01_train adds them" in capsys.readouterr().out
+    training.fit(finished)
+    assert "went on record; they do now" in capsys.readouterr().out
+    assert records.read_json(kept)["record"] == records.read_json(finished.run_folder / "run.json") == today
+    training.fit(finished)
+    assert "record" not in capsys.readouterr().out
+
+
+def test_equal_tensors_make_equal_files_and_another_file_of_them_trains_nothing_anew(new_run, tmp_path, capsys):
+    state = build_model("tdensenet", 15, seed=3).state_dict()
+    torch.save(state, tmp_path / "init.pth")
+    first = new_run("first", epochs=1, init=str(tmp_path / "init.pth"))
+    training.fit(first)
+    second = new_run("second", epochs=1, init=str(tmp_path / "init.pth"))
+    torch.save({name: state[name] for name in reversed(state)}, tmp_path / "init.pth")
+    training.fit(second)
+    ours, theirs = (records.read_json(run.run_folder / "run.json") for run in (first, second))
+    assert ours["weights"] == theirs["weights"] and ours["identity"] == theirs["identity"]
+    capsys.readouterr()
+    training.fit(first)
+    assert "already trained, 1 epochs" in capsys.readouterr().out
+    state["trunk.conv0.weight"][0, 0, 0, 0] += 1
+    torch.save(state, tmp_path / "init.pth")
+    assert interrupted_identity(first) and "initial_weights: " in capsys.readouterr().out
+
+
+def interrupted_identity(run):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "_train_epoch", lambda *_: (_ for _ in ()).throw(Interrupted))
+        training.fit(run)
+    return True
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"record": 3}', '{"record": {"status": "finished"}}', "{"], ids=list("abcdef")
+)
+def test_a_damaged_record_is_named_or_written_again(finished, monkeypatch, content):
+    monkeypatch.setattr(training, "_train_epoch", lambda *_: pytest.fail("it is trained"))
+    record, history, copy = (finished.run_folder / name for name in ("run.json", "training.csv", "state/finished.json"))
+    before = [path.read_bytes() for path in (record, history, copy)]
+    record.write_text(content)
+    with pytest.raises(RecordError, match="run.json is damaged .*: delete it and run 01_train again"):
+        require_trained(finished)
+    assert not is_trained(finished)
+    history.write_bytes(before[1][:-1] + b"7\n")  # another number
+    training.fit(finished)
+    assert [path.read_bytes() for path in (record, history, copy)] == before
+    copy.write_text(content)
+    with pytest.raises(RecordError, match="finished.json is damaged .*: delete it and run 01_train again"):
+        training.fit(finished)
+    copy.unlink()
+    training.fit(finished)  # as the sentence says
+    assert [path.read_bytes() for path in (record, history, copy)] == before
+
+
+def test_what_is_in_the_way_of_a_file_is_found_before_anything_is_done(new_run, monkeypatch):
+    monkeypatch.setattr(training, "build_model", lambda *_: pytest.fail("too late"))
+    for make, name in ((os.mkdir, "model.safetensors"), (os.mkfifo, "run.json"), (Path.touch, "state")):
+        run = new_run(name.replace(".", "_"))
+        run.run_folder.mkdir(parents=True)
+        make(run.run_folder / name)
+        with pytest.raises(TrainingError, match=f"{name} is no .*move it away"):
+            training.fit(run)
+    run = new_run("file")
+    run.run_folder.parent.mkdir()
+    run.run_folder.touch()
+    with pytest.raises(TrainingError, match="seed0 is no folder"):
+        training.fit(run)
+
+
+def test_a_hostile_state_is_refused_in_a_sentence_of_our_own(new_run, uninterrupted, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    run = new_run()
+    folder = run.run_folder / "state"
+    folder.mkdir(parents=True)
+    for k, content in enumerate([{"record": Evil()}, {"record": {}}, [1], torch.zeros(3), {"epoch": 1}]):
+        torch.save(content, folder / "x")
+        path = (folder / "x").rename(folder / f"epoch-0000{k}-{digest(folder / 'x')}.pt")
+        with pytest.raises(TrainingError, match=f"{path} bears the digest .*delete it") as error:
+            training.fit(run)
+        assert "weights_only" not in str(error.value) and not (tmp_path / "ran").exists()
+        path.unlink()
+    (folder / "epoch-00009-x.pt").mkdir()  # no state, and none of ours to remove
+    training.fit(run)
+    assert differences(uninterrupted, run.run_folder) == []
+
+
+def test_a_damaged_store_is_refused_before_training_and_not_read_after(new_run, finished, monkeypatch):
+    verify = Store.verify
+
+    def damaged(store, rows=None):
+        if rows is None:
+            raise StoreError("damaged")
+        verify(store, rows)
+
+    monkeypatch.setattr(Store, "verify", damaged)
+    assert len(training.fit(finished)) == EPOCHS
+    run = new_run("mine")
+    with pytest.raises(StoreError, match="damaged"):
+        training.fit(run)
+    assert {path.name for path in run.run_folder.iterdir()} == {".lock"}
+
+
+def test_a_folder_that_cannot_be_written_is_read(new_run, finished, uninterrupted, monkeypatch, capsys):
+    def refuse(path, waiting):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(training, "exclusive", refuse)
+    assert training.fit(finished).equals(pd.read_csv(uninterrupted / "training.csv"))
+    assert "already trained; " in (said := capsys.readouterr().out) and "Read-only file system" in said
+    with pytest.raises(TrainingError, match="cannot be written .Read-only file system: .*lock.: .*OUTPUTS"):
+        training.fit(new_run("mine"))
+    flip_three_bits(finished.weights_path)
+    with pytest.raises(TrainingError, match="not the file that training wrote"):
+        training.fit(finished)
+
+
+def test_variables_of_another_launcher_do_not_make_a_run_wait_for_peers(finished, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setattr(training.dist, "init_process_group", lambda *_, **__: pytest.fail("there are no peers"))
+    assert len(training.fit(finished)) == EPOCHS
+
+
+def test_the_record_does_without_git_and_metadata(monkeypatch, tmp_path):
+    assert training.environment()["versions"]["torch"] == training.version("torch")
+
+    def absent(package):
+        raise training.PackageNotFoundError(package)
+
+    monkeypatch.setattr(training, "version", absent)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    who = ["-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(training, "ROOT", tmp_path)
+    assert training.environment()["commit"] != "unknown"
+    monkeypatch.setattr(training, "ROOT", tmp_path / "copy")  # without .git: of no commit, least of all another's
+    found = training.environment()
+    assert found["commit"] == "unknown" and set(found["versions"].values()) == {"unknown"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert training.environment()["commit"] == "unknown"
+
+
 # ---- steps
 
 
@@ -623,3 +849,16 @@ def test_a_device_that_is_not_there_is_named(two_gpus, monkeypatch):
     assert choose_device("auto").type == "cpu"
     with pytest.raises(DeviceError, match="sees no GPU: set device to auto or cpu"):
         choose_device("cuda")
+    with pytest.raises(DeviceError, match="'mps' was asked for"):
+        choose_device("mps")
+
+
+def test_locks_of_gpus_that_cannot_be_written_are_named(two_gpus, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-a/1/0,../../MIG-GPU-b/1/0")
+    assert hold_gpus(2) == [0, 1] and all(path.parent.parent == tmp_path for path in tmp_path.rglob("*.lock"))
+    another_process()
+    folder = next(tmp_path.iterdir())
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.raises(DeviceError, match=f"{folder} cannot be written .File exists.: .*TMPDIR"):
+        choose_device("auto")
