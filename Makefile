@@ -1,23 +1,24 @@
 # Makes the environment and calls Snakemake; nothing else.
 #   make demo      the whole study on the simulated films        make test   every test
 #   make study STUDY=nih DATA_ROOT=/path/to/nih                  the same on real films; JOBS=…, RUNS="…", PROFILE=slurm
+#   make check STUDY=nih   reads its stored films and weights again: are they still what was written?
 #   make lab       JupyterLab on the notebooks                   make bench  speed against peers
 #   make clean-states      removes the training states of finished runs, and says how much that is
 PYTHON ?= python3
-STUDY ?= demo
-JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 VENV ?= .venv
-OUTPUTS ?= outputs
-GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)
-export OUTPUTS
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+STUDY ?= demo
+# These reach the shell as its variables alone, as they were typed: none is ever part of a command's text, and $ means nothing in them.
+TOLD := $(foreach name,STUDY DATA_ROOT RUNS JOBS GPUS PROFILE OUTPUTS,$(if $(filter undefined,$(origin $(name))),,$(name)))
+$(foreach name,$(TOLD),$(eval override $(name) := $$(value $(name))))
+export $(TOLD)
+export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lab bench lock clean-states
+.PHONY: help setup demo study check test lab bench lock clean-states
 
 help:
-	@sed -n '2,5p' Makefile | cut -c3-
+	@sed -n '2,6p' Makefile | cut -c3-
 
 setup: $(VENV)/.complete
 
@@ -37,19 +38,27 @@ $(VENV)/.complete: requirements.lock pyproject.toml
 
 # What JupyterLab writes besides outputs: the language as this very kernel tells it.
 LANGUAGE = codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version
-STRIP = "$(CURDIR)/$(VENV)/bin/python" -m nbstripout --keep-id --extra-keys "$(LANGUAGE:%=metadata.language_info.%)"
+STRIP = "$(VENV)/bin/python" -m nbstripout --keep-id --extra-keys "$(LANGUAGE:%=metadata.language_info.%)"
 
-demo: STUDY := demo
+demo: override STUDY := demo
 demo: study
 
-# The lock is the kernel's, so that it goes with the process however that ends; Snakemake's own would outlive a kill.
-LOCK = $(if $(shell command -v flock),flock --nonblock --conflict-exit-code 75 '$(OUTPUTS)/.$(STUDY).lock')
+# A file that is newer but the same starts nothing anew, were it as long as the list of NIH's films (by default: 1 MB).
 study: setup
-	@mkdir -p '$(OUTPUTS)'
-	@$(LOCK) snakemake --nolock --rerun-incomplete --keep-going --quiet rules host reason \
-	  $(if $(PROFILE),--profile params/profiles/$(PROFILE),--cores $(JOBS) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS))) \
-	  --config study=$(STUDY) $(if $(DATA_ROOT),data_root='$(abspath $(DATA_ROOT))') $(if $(RUNS),runs='$(RUNS)') \
-	  || { status=$$?; [ $$status != 75 ] || echo "This study is being run already: wait for it, or stop it first." >&2; exit $$status; }
+	@refuse() { printf '%s\n' "$$1" >&2; exit 2; }; \
+	jobs=$${JOBS:-$$(getconf _NPROCESSORS_ONLN)}; gpus=$${GPUS:-$$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)}; \
+	case $$jobs in ''|0*|*[!0-9]*|?????*) refuse "JOBS=$$jobs: how many jobs run side by side is a whole number from 1 to 9999";; esac; \
+	case $$gpus in ''|*[!0-9]*|?????*) refuse "GPUS=$$gpus: how many GPUs there are is a whole number, 0 for none";; esac; \
+	mkdir -p .snakemake 2>/dev/null && [ -w .snakemake ] || refuse "$$PWD/.snakemake must be a folder that can be written: Snakemake's notes"; \
+	set -- --nolock --rerun-incomplete --keep-going --max-checksum-file-size 1GB --quiet rules host reason; \
+	if [ -z "$$PROFILE" ]; then \
+	  set -- "$$@" --cores "$$jobs"; [ "$$gpus" -eq 0 ] || set -- "$$@" --resources "gpu=$$gpus"; \
+	elif [ -f "params/profiles/$$PROFILE/config.yaml" ]; then set -- "$$@" --profile "params/profiles/$$PROFILE"; \
+	else refuse "PROFILE=$$PROFILE: there is no params/profiles/$$PROFILE/config.yaml; name a folder of params/profiles, such as slurm"; fi; \
+	exec snakemake "$$@"
+
+check: setup
+	@python -m lib.preflight "$$STUDY"
 
 test: setup
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -60,10 +69,15 @@ lab: setup
 bench: setup
 	python -m tests.bench
 
+# Names are never split into words: half of one could be the name of another run.
 clean-states:
-	@mkdir -p '$(OUTPUTS)' && cd '$(OUTPUTS)' && finished=$$(grep -ls '"status": "finished"' */*/seed*/run.json); \
-	states=$$(for record in $$finished; do ls $${record%run.json}state/epoch-*.pt 2>/dev/null; done); \
-	[ -z "$$states" ] || { du -ch $$states | tail -1 | sed 's/total/of training states removed/' && rm $$states; }
+	@folder=$${OUTPUTS:-outputs}; [ -e "$$folder" ] || exit 0; CDPATH= cd -- "$$folder" || exit 2; set --; \
+	for record in ./*/*/seed*/run.json; do \
+	  if grep -qs '"status": "finished"' "$$record"; then \
+	    for state in "$${record%run.json}"state/epoch-*.pt; do [ ! -f "$$state" ] || set -- "$$@" "$$state"; done; \
+	  fi; \
+	done; \
+	[ $$# = 0 ] || { du -ch "$$@" | tail -1 | sed 's/total/of training states removed/' && rm -- "$$@"; }
 
 # Exact versions with hashes from pyproject.toml (needs uv), and the conda file that follows from it.
 lock:

@@ -1,21 +1,23 @@
 # Which notebook makes which file. `make demo` and `make study` call this; every rule is a plain papermill line.
 import glob
 import os
+import shlex
 import sys
 
 sys.path.insert(0, workflow.basedir)
 from lib.data import RELEASES
 from lib.params import ParameterError, load_study
+from lib.workflow import check_releases, hold_outputs, told
 
 try:
-    said = {key: config[key] for key in ("data_root", "runs") if key in config}
-    said |= {"runs": said["runs"].split()} if "runs" in said else {}
-    main = load_study(config.get("study", "demo"), **said)
+    OUTPUTS, said = told(os.environ)
+    main = load_study(os.environ.get("STUDY", "demo"), **said)
     STUDIES = {main.study: main} | {name: load_study(name) for name in main.companions if "runs" not in said}
+    check_releases(STUDIES.values())
+    held = hold_outputs(OUTPUTS, STUDIES) if workflow.is_main_process else []
 except ParameterError as error:
     sys.exit(str(error))
 
-OUTPUTS = os.environ.get("OUTPUTS") or "outputs"
 OUT = f"{OUTPUTS}/{{study}}"
 RUN = f"{OUT}/{{run}}/seed{{seed}}"
 PRETEXT = f"{OUTPUTS}/pretext_{{size}}px/multilabel-{{backbone}}-bce/seed0"
@@ -31,32 +33,30 @@ MODELS, LENSES, FIGURES = modules("*", "data/**/*"), modules("**/*"), modules("f
 # What a failed notebook ends with, without papermill's own traceback above it; any other traceback is shown whole.
 os.environ["ITS_ERROR"] = r"""/^Traceback/ {held = !told} held && /^Exception encountered at/ {held = 0; told = 1; next}
     held {text = text $0 "\n"; next} NF {print}
-    END {if (told) print "The notebook, as far as it came: " notebook; else printf "%s", text}"""
+    END {if (told) print "The notebook, as far as it came: " ENVIRON["notebook"]; else printf "%s", text}"""
 # OMP_NUM_THREADS keeps jobs that run side by side from fighting over cores. A busy machine may start a kernel slowly.
 PAPERMILL = (
-    "{{ OMP_NUM_THREADS={threads} papermill {input.notebook} {log:q} {params.given} -k python3 --stdout-file -"
-    " --log-level ERROR --no-progress-bar --start-timeout 300 2>&1 >&3"
-    ' | awk -v notebook={log:q} "$ITS_ERROR" >&2; }} 3>&1'
+    "{{ OMP_NUM_THREADS={threads} papermill {input.notebook:q} {log:q} {params.given} -k python3 --stdout-file -"
+    ' --log-level ERROR --no-progress-bar --start-timeout 300 2>&1 >&3 | notebook={log:q} awk "$ITS_ERROR" >&2; }} 3>&1'
 )
 
 
 def given(wildcards):
     """For papermill: a study's file, a run's, and what the command line says of the main study."""
-    keys, own = f"-f params/studies/{wildcards.study}.yaml", said if wildcards.study == main.study else {}
-    if "data_root" in own:
-        keys += f" -p data_root '{main.data_root}'"
+    words, own = ["-f", f"params/studies/{wildcards.study}.yaml"], said if wildcards.study == main.study else {}
+    words += ["-p", "data_root", main.data_root] if "data_root" in own else []
     for key in ("runs", "attribution", "features") if "runs" in own else ():
-        keys += f" -y '{key}: [{', '.join(getattr(main, key))}]'"
+        words += ["-y", f"{key}: [{', '.join(getattr(main, key))}]"]
     if "run" in wildcards.keys():
-        keys += f" -f params/runs/{wildcards.run}.yaml -p seed {wildcards.seed}"
-    return keys
+        words += ["-f", f"params/runs/{wildcards.run}.yaml", "-p", "seed", wildcards.seed]
+    return shlex.join(words)
 
 
 def release_lists(wildcards):
     """The lists of a real release, so that films are read again where one has changed."""
     study = STUDIES[wildcards.study]
     root, patterns = study.data_root, RELEASES[study.release].lists
-    return [path for pattern in patterns for path in sorted(glob.glob(f"{root}/{pattern}"))]
+    return [f"{root}/{path}" for pattern in patterns for path in sorted(glob.glob(pattern, root_dir=root))]
 
 
 def chexnet_files(wildcards):
@@ -75,21 +75,21 @@ def siblings(wildcards):
     return [f"{RUN}/run.json".format(study=run.study, run=run.name, seed=run.seed) for run in runs]
 
 
-def of_runs(study, key, *files):
-    """These files of the runs that a key of the study lists."""
-    runs, seeds = getattr(STUDIES[study], key), STUDIES[study].seeds
-    return expand(f"{RUN}/{{file}}", study=study, run=runs, seed=seeds, file=files)
+def of_runs(study, *files):
+    """These files of all runs of a study."""
+    return expand(f"{RUN}/{{file}}", study=study, run=STUDIES[study].runs, seed=STUDIES[study].seeds, file=files)
 
 
 def products(name, study):
-    """The last files of a study, on which all others hang."""
-    whole = {
-        "tables/table1_alignment.csv": study.comparison,
-        "tables/intention.csv": study.pneumonia_runs,
-        "chexnet/attribution.parquet": study.chexnet and not study.pneumonia_runs,
-    }
-    runs = of_runs(name, "attribution", "attribution.parquet") + of_runs(name, "features", "importance.parquet")
-    return runs + [f"{OUTPUTS}/{name}/{file}" for file, wanted in whole.items() if wanted]
+    """All that the rules declare for a study: else what lies only in between would not be made again if it is lost."""
+    compared, asked = study.comparison * study.runs, [run.name for run in study.pneumonia_runs]
+    jobs = dict.fromkeys(("metrics", "cam_alignment", "dissection", "figures"), compared)
+    jobs |= {"attribution": study.attribution, "features": study.features, "intention": asked, "data": True}
+    jobs |= {"train": {*compared, *asked, *study.attribution, *study.features}, "chexnet": study.chexnet and not asked}
+    keys = {"study": name, "seed": study.seeds}
+    made = (expand(getattr(rules, rule).output, run=runs, **keys) for rule, runs in jobs.items() if runs)
+    return sorted(set().union(*made))
+
 
 onstart:
     from lib.preflight import check_before_work
@@ -99,12 +99,12 @@ onstart:
         sys.exit(str(error))
 
 
-# The pretexts have a rule of their own.
-wildcard_constraints: study="(?!pretext_)[^/]+", run="[^/]+", size=r"\d+", seed=r"\d+"
+# The pretexts have a rule of their own. No name can be more than one word of a command.
+wildcard_constraints: study=r"(?!pretext_)\w+", run=r"[\w.+-]+", backbone=r"[\w.+-]+", size=r"\d+", seed=r"\d+"
 
 
 rule all:
-    input: [products(*study) for study in STUDIES.items()]
+    input: lambda wildcards: sum((products(*study) for study in STUDIES.items()), [])
 
 
 rule notebook:
@@ -166,8 +166,8 @@ use rule notebook as dissection with:
 # Which of Figures 1a and 1b there are depends on the tasks of a study, so they are not declared.
 use rule notebook as figures with:
     input:
-        lambda wildcards: of_runs(wildcards.study, "runs", "run.json", "predictions.parquet"),
-        lambda wildcards: of_runs(wildcards.study, "runs", "metrics.csv", "cam_alignment.parquet", "concepts.parquet"),
+        lambda wildcards: of_runs(wildcards.study, "run.json", "predictions.parquet"),
+        lambda wildcards: of_runs(wildcards.study, "metrics.csv", "cam_alignment.parquet", "concepts.parquet"),
         **notebook_of_study("05_figures")
     output:
         multiext(f"{OUT}/tables/table1_alignment", ".csv", ".md", ".tex"),
@@ -194,7 +194,7 @@ use rule notebook as features with:
 
 use rule notebook as intention with:
     input:
-        lambda wildcards: of_runs(wildcards.study, "runs", "run.json"), chexnet_files,
+        lambda wildcards: of_runs(wildcards.study, "run.json"), chexnet_files,
         **notebook_of_study("08_intention")
     output: f"{OUT}/tables/intention.csv"
     log: f"{OUT}/08_intention.ipynb"

@@ -19,6 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lib import records
+from lib.data import RELEASES
 from lib.params import ROOT, Run
 from lib.preflight import check_before_work
 
@@ -74,6 +75,10 @@ def project(tmp_path_factory):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, folder / name)
+    program(folder / ".venv/bin/snakemake", f'exec "${{SNAKEMAKE:-{shutil.which("snakemake")}}}" "$@" $ADDED')
+    (folder / "films").mkdir()
+    for release in ("nih", "rsna"):
+        (folder / "films" / RELEASES[release].lists[0].replace("*", "")).write_text("no list of films\n")
     studies = folder / "params" / "studies"
     (studies / "no_films.yaml").write_text(
         "study: no_films\nrelease: nih\ndata_root: /there/is/no/such/folder\ninit: scratch\n"
@@ -85,10 +90,19 @@ def project(tmp_path_factory):
     return folder
 
 
+def program(path, script):
+    """A shell script that can be called; the project's own snakemake is one, which may add to what make says, `ADDED`,
+    or call another program in its stead, `SNAKEMAKE`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 def environment(**changes):
     """As from a shell in which the environment is activated; without `OUTPUTS`, results go to the project's own
     folder, and `lib` is the project's."""
-    left_out = ("OUTPUTS", "PYTHONPATH", "PYTEST")
+    left_out = ("OUTPUTS", "PYTHONPATH", "PYTEST", "MAKE", "STUDY", "DATA_ROOT", "RUNS", "JOBS", "GPUS", "PROFILE")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return kept | {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"} | changes
@@ -119,27 +133,18 @@ def make_study(project, *arguments, **changes):
     return process.returncode, said
 
 
-def output(command, cwd, *, shell=False, **changes):
+def output(command, cwd, **changes):
     """What a command says, on both channels; it must end well."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(command, cwd=cwd, env=environment(**changes), shell=shell, check=False, **options)
+    done = subprocess.run(command, cwd=cwd, env=environment(**changes), check=False, **options)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def snakemake(project, *arguments, **changes):
-    """The command of `make study`."""
-    command = ["make", "--no-print-directory", "-n", "--old-file=setup", "study", "JOBS=2", *arguments]
-    shown = output(command, project, **changes)
-    return shown[shown.index("snakemake") :].split("||")[0].replace("\\\n", " ")
-
-
 def dry_run(project, *arguments, **changes):
     """Counts of the jobs that `make study` would run."""
-    said = output(
-        f"{snakemake(project, *arguments, **changes)} --dry-run --quiet rules", project, shell=True, **changes
-    )
-    assert "Exception" not in said, said
+    status, said = make_study(project, *arguments, ADDED="--dry-run --quiet rules", **changes)
+    assert status == 0 and "Exception" not in said, said
     rows = [line.split() for line in said.splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
 
@@ -285,6 +290,29 @@ def test_a_second_call_does_nothing(study, project):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_a_lost_file_is_made_again_whatever_follows_from_it(study, project, tmp_path):
+    """A notebook that fails takes its earlier results along, though what was made of them is still there."""
+    folder, _ = study
+    run = f"{RUNS[0]}/seed0"
+    for file in (f"{run}/metrics.csv", f"{run}/training.csv", "tables/films.csv", "figures/fig2_performance.pdf"):
+        path = tmp_path / Path(file).name
+        shutil.move(folder / file, path)
+        jobs = dry_run(project, "STUDY=smoke")
+        shutil.move(path, folder / file)
+        assert jobs, f"{file}: nothing to be done"
+    assert dry_run(project, "STUDY=smoke") == {}
+
+
+def test_a_table_dated_in_the_future_starts_nothing_anew(study, project):
+    """What is in it decides: a clock that runs ahead changes nothing."""
+    table = study[0] / "tables" / "films.csv"
+    was = table.stat()
+    os.utime(table, ns=(was.st_atime_ns, was.st_mtime_ns + 365 * 86400 * 10**9))
+    jobs = dry_run(project, "STUDY=smoke")
+    os.utime(table, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert jobs == {}
+
+
 def test_a_changed_module_is_looked_at_again_but_not_trained_again(study, project):
     module = project / "lib" / "analysis" / "relevance" / "steps.py"
     text = module.read_text()
@@ -304,9 +332,9 @@ def test_a_finished_run_keeps_no_state_and_is_not_trained_again(study, project):
     assert not list(folder.parent.glob("*/*/seed*/state/*.pt"))
     weights = (run / "model.safetensors").read_bytes()
     (project / "params" / "runs" / f"{RUNS[1]}.yaml").open("a").write("# changed\n")
-    this_alone = f" -- {(run / 'run.json').relative_to(project)}"
-    said = output(snakemake(project, "STUDY=smoke") + this_alone, project, shell=True)
-    assert f"{RUNS[1]} seed 0: already trained, 2 epochs" in said and "epoch 1/2" not in said, said
+    this_alone = f"-- {(run / 'run.json').relative_to(project)}"
+    status, said = make_study(project, "STUDY=smoke", ADDED=this_alone)
+    assert status == 0 and f"{RUNS[1]} seed 0: already trained, 2 epochs" in said and "epoch 1/2" not in said, said
     assert (run / "model.safetensors").read_bytes() == weights
     assert records.read_json(run / "run.json")["status"] == "finished"
 
@@ -322,15 +350,25 @@ def test_a_study_that_runs_already_is_said(project):
 # ---- what stops it
 
 
+def test_a_mistyped_folder_of_films_is_the_last_thing_said_and_soon(project, tmp_path):
+    status, said = make_study(project, "STUDY=no_films", OUTPUTS=str(tmp_path / "none"))
+    sentence, makes_own = said.splitlines()
+    assert status != 0 and makes_own.startswith("make: ***")
+    assert (
+        "no_films" in sentence and "/there/is/no/such/folder is not a folder" in sentence and "DATA_ROOT=" in sentence
+    )
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_failing_notebook_is_kept_and_nothing_is_published(project, tmp_path):
-    status, said = make_study(project, "STUDY=no_films", OUTPUTS=str(tmp_path))
-    kept = tmp_path / "no_films" / "00_data.ipynb"
-    assert status != 0 and said.count("/there/is/no/such/folder is not a folder") == 1, said
+    status, said = make_study(project, "STUDY=no_films", "DATA_ROOT=films", OUTPUTS=str(tmp_path))
+    kept, films = tmp_path / "no_films" / "00_data.ipynb", project / "films" / "Data_Entry_2017.csv"
     assert "Traceback" not in said and f"The notebook, as far as it came: {kept}\n" in said, said
     notebook = nbformat.read(kept, as_version=4)
     assert notebook.metadata.papermill.exception is True
     (error,) = [out for cell in notebook.cells for out in cell.get("outputs", []) if out.output_type == "error"]
-    assert "/there/is/no/such/folder" in error.evalue and error.traceback == [error.evalue]  # its sentence alone
+    assert str(films) in error.evalue and error.traceback == [error.evalue]  # its sentence alone
+    assert status != 0 and said.count(error.evalue) == 1, said
     assert [path.name for path in (tmp_path / "no_films").rglob("*") if path.is_file()] == ["00_data.ipynb"]
 
 
@@ -349,7 +387,7 @@ KERNEL_DIED = """Traceback (most recent call last):
   File "papermill", line 8, in <module>
 nbclient.exceptions.DeadKernelError: Kernel died
 """
-SEE = "The notebook, as far as it came: some/00.ipynb\n"
+SEE = "The notebook, as far as it came: some\\n/00.ipynb\n"
 
 
 @pytest.mark.parametrize(
@@ -368,10 +406,8 @@ def test_of_a_failed_notebook_its_own_error_is_shown(written, shown):
         for node in ast.walk(ast.parse(re.search(r'os\.environ\["ITS_ERROR"\] = r""".*?"""', SNAKEFILE, re.DOTALL)[0]))
         if isinstance(node, ast.Assign)
     ]
-    said = subprocess.run(
-        ["awk", "-v", "notebook=some/00.ipynb", program], input=written, capture_output=True, text=True, check=True
-    )
-    assert said.stdout == shown
+    options = {"env": {**os.environ, "notebook": r"some\n/00.ipynb"}, "capture_output": True, "text": True}
+    assert subprocess.run(["awk", program], input=written, check=True, **options).stdout == shown
 
 
 @pytest.mark.parametrize(
@@ -414,6 +450,26 @@ def test_imagenet_weights_that_cannot_be_had_stop_before_any_work(project, small
 # ---- the graph
 
 
+def test_a_list_of_films_that_was_copied_again_starts_nothing_anew(project, tmp_path):
+    """Its bytes decide, though it is longer than Snakemake compares by itself, and newer than what was made of it."""
+    films, outputs = tmp_path / "films", tmp_path / "outputs"
+    shutil.copytree(project / "films", films)
+    the_list = films / "Data_Entry_2017.csv"
+    the_list.write_text("a film\n" * 200_000)
+    program(
+        tmp_path / "bin" / "papermill", 'touch "$(dirname "$2")"/tables/films.csv "$(dirname "$2")"/tables/problems.csv'
+    )
+    changes = {"PATH": f"{tmp_path / 'bin'}:{environment()['PATH']}"}
+    arguments = ("STUDY=nih_sample", f"DATA_ROOT={films}", f"OUTPUTS={outputs}")
+    changes["ADDED"] = f"-- {outputs}/nih_sample/tables/films.csv"
+    status, said = make_study(project, *arguments, **changes)
+    assert status == 0 and "Nothing to be done" not in said, said
+    for text, nothing in (("a film\n", True), ("b film\n", False)):
+        the_list.write_text(text * 200_000)
+        status, said = make_study(project, *arguments, **changes)
+        assert status == 0 and ("Nothing to be done" in said) == nothing, said
+
+
 OF_ALL = {"data": 1, "train": 16, "metrics": 16, "cam_alignment": 16, "dissection": 16, "figures": 1, "all": 1}
 # Of the demo besides: two pretexts, from which its backbones start, and its companions: pneumonia (3 runs), the
 # confounder (1), digits (2).
@@ -451,19 +507,110 @@ def test_a_study_is_its_runs_and_their_notebooks(project, study, arguments, expe
     assert jobs == expected
 
 
-def test_make_passes_on_what_it_is_given(project):
-    def shown(*arguments):
-        return output(["make", "-n", *arguments], project)
+def test_make_makes_the_environment_first(project):
+    made = output(["make", "-n", "demo"], project)
+    assert "--require-hashes -r requirements.lock" in made
+    assert "cp params/profiles/ipython_kernel_config.py .venv/etc/ipython/" in made
 
-    demo = shown("demo", "GPUS=0")
-    assert "--require-hashes -r requirements.lock" in demo and "study=demo" in demo and "gpu" not in demo
-    assert "cp params/profiles/ipython_kernel_config.py .venv/etc/ipython/" in demo
-    study = shown("study", "STUDY=nih", "DATA_ROOT=x", "RUNS=a b", "GPUS=3", "JOBS=5")
-    assert f"data_root='{project}/x'" in study and "runs='a b'" in study and "--cores 5 --resources gpu=3" in study
-    assert "--profile params/profiles/slurm" in shown("study", "PROFILE=slurm") and "--cores" not in shown(
-        "study", "PROFILE=slurm"
-    )
-    assert "/scratch/films/.demo.lock" in shown("demo", "OUTPUTS=/scratch/films")
+
+TOLD = ("STUDY", "DATA_ROOT", "RUNS", "OUTPUTS")
+
+
+@pytest.fixture
+def passed_on(project, tmp_path):
+    """A function of make's arguments: (words after `snakemake`, variables of its environment, what was said)."""
+    shown = tmp_path / "shown"
+    names = " ".join(f'"${name}"' for name in TOLD)
+    stand_in = program(tmp_path / "snakemake", f"printf '%s\\0' {names} \"$@\" > '{shown}'")
+
+    def call(*arguments, target="study", status=0, **changes):
+        shown.unlink(missing_ok=True)
+        command = ["make", "--no-print-directory", "--old-file=setup", target, *arguments]
+        options = {"env": environment(SNAKEMAKE=str(stand_in), **changes), "capture_output": True, "text": True}
+        done = subprocess.run(command, cwd=project, check=False, timeout=60, **options)
+        assert (done.returncode == 0) == (status == 0), done
+        given = shown.read_text().split("\0")[:-1] if shown.exists() else None
+        variables = given and dict(zip(TOLD, given, strict=False))
+        return given and given[len(TOLD) :], variables, done.stderr
+
+    return call
+
+
+def test_make_passes_on_what_it_is_given(passed_on):
+    words, told, _ = passed_on("GPUS=0", target="demo")
+    assert told == {"STUDY": "demo", "DATA_ROOT": "", "RUNS": "", "OUTPUTS": ""} and "--resources" not in words
+    words, told, _ = passed_on("STUDY=nih", "DATA_ROOT=x", "RUNS=a b", "GPUS=3", "JOBS=5", OUTPUTS="/scratch")
+    assert told == {"STUDY": "nih", "DATA_ROOT": "x", "RUNS": "a b", "OUTPUTS": "/scratch"}
+    assert words[-4:] == ["--cores", "5", "--resources", "gpu=3"]
+    words, *_ = passed_on("PROFILE=slurm")
+    assert words[-2:] == ["--profile", "params/profiles/slurm"] and "--cores" not in words
+    assert passed_on("STUDY=nih", target="demo")[1]["STUDY"] == "demo"
+    words, *_ = passed_on("JOBS=", "GPUS=")  # as many as there are
+    assert int(words[words.index("--cores") + 1]) == os.cpu_count()
+
+
+ODD = (
+    "$(touch ran)",
+    "`touch ran`",
+    "$$(touch ran)",
+    "$(shell touch ran)",
+    "a'b\"c;touch ran",
+    "a  b",
+    "a\nb",
+    "${HOME}",
+    "#",
+)
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_what_is_typed_arrives_as_it_was_typed_and_is_never_run(passed_on, project, value, way):
+    typed = dict.fromkeys(TOLD, value)
+    _, told, _ = passed_on(*(f"{name}={value}" for name in TOLD)) if way == "argument" else passed_on(**typed)
+    assert told == typed and not (project / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["JOBS=0", "JOBS=x", "JOBS=-1", "JOBS=2.5", "JOBS=2 2", "JOBS=99999", "JOBS=1;touch ran", "GPUS=x", "GPUS=-1"]
+    + ["PROFILE=slrm", "PROFILE=$$(touch ran)", "PROFILE=ipython_kernel_config.py"],
+)
+def test_a_number_or_profile_that_is_none_is_refused_in_one_sentence(passed_on, project, argument):
+    words, _, said = passed_on(argument, status=2)
+    sentence, makes_own = said.splitlines()
+    assert words is None and sentence.startswith(argument) and makes_own.startswith("make: ***")
+    assert not (project / "ran").exists()
+
+
+def test_a_checkout_that_cannot_be_written_is_refused_in_one_sentence(project, tmp_path):
+    (tmp_path / ".snakemake").touch()
+    command = ["make", "--no-print-directory", f"--file={project / 'Makefile'}", "--old-file=setup", "study"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and done.stderr.startswith(f"{tmp_path}/.snakemake must be a folder")
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_names_reach_papermill_quoted_and_are_never_run(project, tmp_path):
+    """Whatever a folder is called: it is one word of one argument, and every study's lock lies beside its results."""
+    odd = "o'q\" $(touch ran) `touch ran`;touch ran;ü [x]* \\n"
+    films, outputs = tmp_path / f"films {odd}", tmp_path / odd
+    shutil.copytree(project / "films", films)
+    program(tmp_path / "bin" / "papermill", 'printf "%s\\n" GIVEN "$@" END; exit 1')
+    arguments = ("STUDY=nih_sample", f"DATA_ROOT={films}", f"OUTPUTS={outputs}", f"RUNS={' '.join(RUNS)}")
+    status, said = make_study(project, *arguments, PATH=f"{tmp_path / 'bin'}:{environment()['PATH']}")
+    (given,) = re.findall(r"GIVEN\n(.*?)\nEND", said, re.DOTALL)
+    assert status != 0 and given.splitlines()[:6] == [
+        "notebooks/00_data.ipynb",
+        f"{outputs}/nih_sample/00_data.ipynb",
+        "-f",
+        "params/studies/nih_sample.yaml",
+        "-p",
+        "data_root",
+    ]
+    assert given.splitlines()[6:9] == [str(films), "-y", f"runs: [{', '.join(RUNS)}]"]
+    assert f"The notebook, as far as it came: {outputs}/nih_sample/00_data.ipynb" not in said  # papermill said nothing
+    assert sorted(path.name for path in outputs.iterdir()) == [".nih_sample.lock", "nih_sample"]
+    assert not list(project.glob("ran*"))
 
 
 @pytest.mark.parametrize("user, allowed", [(0, True), (1000, False)])
@@ -489,3 +636,31 @@ def test_clean_states_keeps_what_is_not_finished(project, tmp_path):
     assert left == {"half/seed0/state/epoch-00001-a.pt", "half/seed0/state/epoch-00002-b.pt"}
     assert len(list((folder.parents[1] / "done").rglob("*.*"))) == 3
     assert output(clean, project, OUTPUTS=str(tmp_path / "my outputs")) == ""
+
+
+@pytest.mark.parametrize("name", ["o'q\" $(touch ran) `touch ran`", "-x", "[a]*", "ü\n"], ids=ascii)
+def test_clean_states_takes_a_name_as_it_is(project, tmp_path, name):
+    """A folder with a blank is one folder: the half of its name is another study's, which is not finished."""
+    state = "run/seed0/state/epoch-00001-a.pt"
+    for study, status in (("odd x", "finished"), ("x", "running"), ("-f", "finished")):
+        folder = tmp_path / name / study / "run/seed0"
+        records.write_json({"status": status}, folder / "run.json")
+        records.write_json({}, tmp_path / name / study / state)
+    command = ["make", f"--file={project / 'Makefile'}", "clean-states", f"OUTPUTS={name}"]
+    assert "of training states removed" in output(command, tmp_path)
+    assert [path.relative_to(tmp_path / name).as_posix() for path in tmp_path.rglob("*.pt")] == [f"x/{state}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_clean_states_of_what_is_no_folder_says_so(project, tmp_path):
+    (tmp_path / "file").touch()
+    command = ["make", "--no-print-directory", "clean-states", f"OUTPUTS={tmp_path / 'file'}"]
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and str(tmp_path / "file") in done.stderr and len(done.stderr.splitlines()) == 2
+
+
+def test_make_check_names_the_study_as_it_was_typed(project):
+    command = ["make", "--no-print-directory", "--old-file=setup", "check", "STUDY=$$(touch ran)"]
+    done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "$$(touch ran)" in done.stderr and "Traceback" not in done.stderr
+    assert not list(project.glob("ran*"))

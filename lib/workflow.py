@@ -1,0 +1,83 @@
+"""What `make study` is told, by environment variables, and what must stand before Snakemake plans any work."""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lib.data import RELEASES
+from lib.locks import try_lock
+from lib.params import ParameterError, Study
+
+
+def check_name(key: str, folder: str) -> None:
+    """Raise a `ParameterError` where Snakemake, papermill or a shell would read more than a folder's name."""
+    if re.search(r"^[~-]|[{}\x00-\x1f\x7f\ud800-\udfff]", folder):
+        raise ParameterError(
+            f"{key}={folder!a}: name a folder without ~ or - in front, braces, control characters or broken text"
+        )
+
+
+def told(environ: Mapping[str, str]) -> tuple[str, dict[str, str | list[str]]]:
+    """The folder of all results, from `OUTPUTS`, and the keys of the study that `DATA_ROOT` and `RUNS` set, if any.
+
+    A DATA_ROOT is relative to the working directory; RUNS are names between blanks.
+
+    Raises
+    ------
+    ParameterError
+        A folder's name that is more than that, see `check_name`.
+    """
+    root, outputs = environ.get("DATA_ROOT", ""), environ.get("OUTPUTS") or "outputs"
+    check_name("DATA_ROOT", root)
+    check_name("OUTPUTS", outputs)
+    keys = {"data_root": root and os.path.abspath(root), "runs": environ.get("RUNS", "").split()}
+    return str(Path(outputs)), {key: value for key, value in keys.items() if value}
+
+
+def check_releases(studies: Iterable[Study]) -> None:
+    """Look whether the folder of each study's release is there, and in it the first of its lists.
+
+    Raises
+    ------
+    ParameterError
+        One is not: said here within seconds, by the first notebook after half a minute.
+    """
+    for study in studies:
+        lists, root = RELEASES[study.release].lists, study.release_folder
+        check_name("data_root", str(root))
+        if lists and not glob.glob(lists[0], root_dir=root):
+            fault = f"holds no {lists[0]}" if root.is_dir() else "is not a folder"
+            raise ParameterError(f"data_root of study {study.study}: {root} {fault}; name another with DATA_ROOT=")
+
+
+def hold_outputs(outputs: str, studies: Iterable[str]) -> list[int]:
+    """Make the folder of all results, and take the lock of each study in it.
+
+    The kernel keeps the locks, so they go with this process however that ends; Snakemake's own would outlive a kill.
+
+    Returns
+    -------
+    list of int
+        File descriptors that hold the locks until this process ends.
+
+    Raises
+    ------
+    ParameterError
+        A folder that cannot be written, or a study that is being run already.
+    """
+    held = []
+    for study in sorted(studies):
+        try:
+            Path(outputs).mkdir(parents=True, exist_ok=True)
+            lock = try_lock(Path(outputs, f".{study}.lock"))
+        except OSError as error:
+            fault = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
+            raise ParameterError(
+                f"OUTPUTS={outputs}: results cannot be written there ({fault}): name another folder"
+            ) from None
+        if lock is None:
+            raise ParameterError(f"Study {study} is being run already: wait for it, or stop it first.")
+        held.append(lock)
+    return held

@@ -1,0 +1,88 @@
+"""What `make study` is told, and what stands before any work."""
+
+import fcntl
+import os
+
+import pytest
+
+from lib.params import ParameterError, Study, load_study
+from lib.workflow import check_releases, hold_outputs, told
+
+
+def test_what_is_not_said_is_the_studys_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert told({}) == ("outputs", {})
+    assert told({"DATA_ROOT": "", "RUNS": " ", "OUTPUTS": ""}) == ("outputs", {})
+    said = {"DATA_ROOT": "some films", "RUNS": " a  b\n", "OUTPUTS": "./my results//x/"}
+    assert told(said) == ("my results/x", {"data_root": str(tmp_path / "some films"), "runs": ["a", "b"]})
+    assert told({"OUTPUTS": "../a/../b"})[0] == "../a/../b"  # a could be a link
+
+
+@pytest.mark.parametrize("key", ["DATA_ROOT", "OUTPUTS"])
+@pytest.mark.parametrize("folder", ["~/x", "-x", "a{b}", "a\nb", "a\x1b[2J", "a\udcff"], ids=ascii)
+def test_a_name_that_is_more_than_a_folders_is_refused_in_one_printable_line(key, folder):
+    with pytest.raises(ParameterError) as refused:
+        told({key: folder})
+    sentence = str(refused.value)
+    assert sentence.startswith(f"{key}=") and sentence.isascii() and sentence.isprintable()
+
+
+def nih(root):
+    return Study.build({"study": "x", "release": "nih", "data_root": str(root), "init": "scratch"})
+
+
+def test_a_release_that_is_not_there_is_refused(tmp_path):
+    check_releases([load_study("smoke")])  # makes its films itself
+    (tmp_path / "file").touch()
+    for root, fault in (
+        ("/there/is/none", "is not a folder"),
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path, "holds no Data_Entry_2017"),
+    ):
+        with pytest.raises(ParameterError, match=rf"study x: {root} {fault}.*DATA_ROOT="):
+            check_releases([load_study("smoke"), nih(root)])
+    odd = tmp_path / "a [b] *"
+    odd.mkdir()
+    (odd / "Data_Entry_2017_v2020.csv").touch()
+    check_releases([nih(odd)])
+    with pytest.raises(ParameterError, match="braces"):  # Snakemake would read them as a wildcard
+        check_releases([nih(tmp_path / "a{b}")])
+
+
+def test_one_process_at_a_time_makes_a_study(tmp_path):
+    outputs = tmp_path / "not yet" / "there"
+    held = hold_outputs(str(outputs), {"b": None, "a": None})
+    assert sorted(path.name for path in outputs.iterdir()) == [".a.lock", ".b.lock"]
+    assert not any(os.get_inheritable(lock) for lock in held)  # a job that outlives a kill keeps none
+    with pytest.raises(ParameterError, match=r"^Study b is being run already: wait for it, or stop it first"):
+        hold_outputs(str(outputs), ["b", "c"])
+    for lock in held:
+        os.close(lock)
+    os.close(*hold_outputs(str(outputs), ["a"]))
+
+
+def test_a_companion_of_another_study_is_not_made_twice(tmp_path):
+    with open(tmp_path / ".b.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ParameterError, match="Study b is being run already"):
+            hold_outputs(str(tmp_path), ["b", "c"])
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link", "looping link", "lock is a folder", "long"])
+def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(tmp_path, kind):
+    outputs = tmp_path / "results"
+    if kind in ("file", "below a file"):
+        outputs.touch()
+        outputs = outputs / "x" if kind == "below a file" else outputs
+    elif kind == "dangling link":
+        outputs.symlink_to(tmp_path / "nowhere")
+    elif kind == "looping link":
+        outputs.symlink_to(outputs)
+    elif kind == "lock is a folder":
+        (outputs / ".smoke.lock").mkdir(parents=True)
+    else:
+        outputs = tmp_path / ("x" * 300)
+    with pytest.raises(ParameterError) as refused:
+        hold_outputs(str(outputs), ["smoke"])
+    assert f"OUTPUTS={outputs}: results cannot be written there (" in str(refused.value)
+    assert "Errno" not in str(refused.value) and "name another folder" in str(refused.value)
