@@ -29,6 +29,7 @@ from lib.models import (
     CHEXNET_CLASSES,
     Classifier,
     ModelError,
+    build_model,
     check_backbone,
     layers,
     load_chexnet,
@@ -347,6 +348,13 @@ class Subject:
             )
         verify_weights(self.run, self.run.weights_path.name)
         return load_model(self.run.weights_path, self.run.backbone, self.run.n_outputs).to(self.device)
+
+    @cached_property
+    def untrained(self) -> "Subject":
+        """The same network with weights as they are drawn, before any training, pretraining included: a control."""
+        other = Subject(self.run, self.data)
+        other.model = build_model(self.run.backbone, self.run.n_outputs, seed=self.run.seed).to(self.device).eval()
+        return other
 
     @cached_property
     def layer(self) -> str:

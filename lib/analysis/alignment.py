@@ -1,17 +1,40 @@
 """Do class activation maps lie on the boxes? Soft overlap of each pair, and the maps to look at, from a stream of
 outputs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
 
 from lib.analysis import cam
 from lib.analysis.inference import LensError, Output, is_pooled, layer_maps
 from lib.analysis.localization import METRICS, soft_overlap
+from lib.analysis.place import iou_columns, place_scores, tuned_iou
 from lib.analysis.statistics import mean_interval, paired_difference
+
+
+class Score(NamedTuple):
+    """What is compared with chance and with another film's boxes: how it is printed, and the column that holds what a
+    map laid anywhere would have."""
+
+    label: str
+    chance: str
+
+
+def scores() -> dict[str, Score]:
+    """The scores of `align` by the name of their column: those of `localization.METRICS` that have a chance, in both
+    readings of the map, and those of `place` that need no threshold."""
+    rectified = {name: Score(metric.label, metric.chance) for name, metric in METRICS.items() if metric.chance}
+    areas = {"cam_mass": "cam_mass_minmax"}
+    signed = {
+        f"{name}_minmax": Score(f"{score.label}, min-max", areas.get(score.chance, score.chance))
+        for name, score in rectified.items()
+    }
+    return rectified | signed | {"hit": Score("Hit rate", "box_area"), "auprc": Score("Pixel AUPRC", "box_area")}
 
 
 def align(
@@ -24,9 +47,14 @@ def align(
     method: str = "cam",
     rounding: str = "outward",
     restrict: str | None = None,
+    shift: ArrayLike | None = None,
 ) -> pd.DataFrame:
-    """Soft IoBB and IoR of the class activation map of each pair: the map of the class that the box names, whatever was
-    predicted.
+    """How the class activation map of each pair lies on its boxes: the map of the class that the box names, whatever
+    was predicted.
+
+    Three readings. Rectified (the paper's): negatives to 0, then scaled to [0, 1], so that the prior in the map decides
+    how much of it is left, and a map that is negative everywhere is empty. Min-max: the signed map scaled from its
+    least to its largest value. And scores of the place that neither a constant nor a scale can move, see `place`.
 
     Parameters
     ----------
@@ -42,13 +70,16 @@ def align(
         Side of the films in pixels, the frame of the boxes.
     restrict : {'predicted'}, optional
         Only the pairs that the model predicts, logit above 0; the others have no row.
+    shift : (M,) floats, optional
+        A constant for each class, added to its maps and logits, see `trunk_head.prior_shift`.
 
     Returns
     -------
     DataFrame
-        image, patient, class, (box,) n_boxes, box_area, cam_mass, a column for each of `localization.METRICS`, logit; a
-        row per pair, in the order of the outputs. With other boxes also <metric>_other, of the metrics that have a
-        chance. Last, what they depend on: layer, method, rounding.
+        image, patient, class, (box,) n_boxes, box_area, cam_mass, a column for each of `localization.METRICS`, logit;
+        empty (1.0 where nothing is left of the rectified map), cam_mass_minmax, iobb_minmax, ior_minmax, hit, auprc and
+        iou_tuned (`place`). A row per pair, in the order of the outputs. With other boxes also <score>_other of each of
+        `scores`. Last, what they depend on: layer, method, rounding.
 
     Raises
     ------
@@ -63,8 +94,9 @@ def align(
     if restrict not in (None, "predicted"):
         raise ValueError(f"restrict must be 'predicted' or None, got {restrict!r}")
     by_row, parts = dict(list(pairs.groupby("row"))), []
+    added = torch.zeros(head.out_features, dtype=torch.float64) if shift is None else torch.as_tensor(np.asarray(shift))
     given = ["image", "patient", "class", *(["box"] if "box" in pairs else []), "n_boxes"]
-    against = compared() if "other" in pairs else []
+    against = list(scores()) if "other" in pairs else []
     for output in outputs:
         found = [
             (position, by_row[row]) for position, row in enumerate(np.asarray(output.rows).tolist()) if row in by_row
@@ -75,24 +107,35 @@ def align(
         position = torch.tensor([position for position, part in found for _ in range(len(part))])
         classes = torch.tensor(chosen["output"].to_numpy())
         if restrict == "predicted":
-            kept = (output.logits.cpu()[position, classes] > 0).numpy()
+            kept = (output.logits.cpu()[position, classes] + added[classes] > 0).numpy()
             chosen, position, classes = chosen[kept].reset_index(drop=True), position[kept], classes[kept]
         raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, method)
-        maps = cam.normalise(raw).cpu()
-        overlap = soft_overlap(maps, list(chosen["boxes"]), image_size, rounding=rounding)
-        overlap["logit"] = output.logits.cpu()[position, classes].numpy()
-        if against:
-            other = soft_overlap(maps, list(chosen["other"]), image_size, rounding=rounding)
-            overlap = overlap.join(other[against].add_suffix("_other"))
-        parts.append(pd.concat([chosen[given], overlap], axis=1))
-    columns = [*given, "box_area", "cam_mass", *METRICS, "logit", *(f"{metric}_other" for metric in against)]
-    table = pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
-    return table.assign(layer=layer, method=method, rounding=rounding)
+        if shift is not None:
+            raw = raw + added[classes, None, None].to(raw)
+        sides = {"": list(chosen["boxes"])} | ({"_other": list(chosen["other"])} if against else {})
+        logits = (output.logits.cpu()[position, classes].double() + added[classes]).float().numpy()
+        found = [overlaps(raw, boxes, image_size, rounding).add_suffix(side) for side, boxes in sides.items()]
+        parts.append(pd.concat([chosen[given], *found], axis=1).assign(logit=logits))
+    columns = [*given, "box_area", "cam_mass", *METRICS, "logit", "empty", "cam_mass_minmax"]
+    columns += [name for name in scores() if name not in METRICS]
+    columns += ["iou_tuned", *(f"{name}_other" for name in against)]
+    if not parts:
+        return pd.DataFrame(columns=columns).assign(layer=layer, method=method, rounding=rounding)
+    table = pd.concat(parts, ignore_index=True)
+    table["iou_tuned"] = tuned_iou(table[iou_columns()], table["patient"])
+    return table[columns].assign(layer=layer, method=method, rounding=rounding)
 
 
-def compared() -> list[str]:
-    """The metrics of `localization.METRICS` that have a chance to be compared with."""
-    return [name for name, metric in METRICS.items() if metric.chance]
+def overlaps(raw: Tensor, boxes: Sequence, image_size: int, rounding: str = "outward") -> pd.DataFrame:
+    """Every score of signed maps at native size, a row a map, in all three readings: the columns of `soft_overlap` for
+    the rectified map, those of the min-max map with the suffix _minmax, `place.place_scores`, and empty."""
+    rectified, signed = (cam.normalise(raw, rectify).cpu() for rectify in (True, False))
+    tables = [
+        soft_overlap(rectified, boxes, image_size, rounding=rounding),
+        soft_overlap(signed, boxes, image_size, rounding=rounding).add_suffix("_minmax"),
+        place_scores(raw, boxes, image_size, rounding=rounding),
+    ]
+    return pd.concat(tables, axis=1).assign(empty=(rectified.flatten(1) == 0).all(1).double().numpy())
 
 
 def summary(alignment: pd.DataFrame, n_replicates: int) -> pd.DataFrame:
@@ -108,23 +151,23 @@ def summary(alignment: pd.DataFrame, n_replicates: int) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row for each metric that has a chance, by its id: metric (as it is printed), point, low, high, n, n_skipped
+        A row for each of `scores`, by its id: metric (as it is printed), point, low, high, n, n_skipped
         (the mean with its interval); anywhere, what the same map would get if it were laid anywhere; other_film, what
         it gets on the boxes of another film of the class; gain_point, gain_low, gain_high, the paired difference to
         that.
     """
     rows, patients = [], alignment["patient"]
-    for name in compared():
+    for name, score in scores().items():
         own, other = alignment[name], alignment[f"{name}_other"]
         mean = mean_interval(own, patients, n_replicates)._asdict()
         gain = paired_difference(own, other, patients, n_replicates)._asdict()
         rows.append(
-            {"metric": METRICS[name].label}
+            {"metric": score.label}
             | {key: mean[key] for key in ("point", "low", "high", "n", "n_skipped")}
-            | {"anywhere": alignment[METRICS[name].chance].mean(), "other_film": other.mean()}
+            | {"anywhere": alignment[score.chance].mean(), "other_film": other.mean()}
             | {f"gain_{key}": gain[key] for key in ("point", "low", "high")}
         )
-    return pd.DataFrame(rows, index=compared())
+    return pd.DataFrame(rows, index=list(scores()))
 
 
 def pooled_maps(output: Output, layer: str, head: nn.Linear) -> torch.Tensor:

@@ -3,7 +3,7 @@ computed."""
 
 import pandas as pd
 
-from lib.analysis import localization
+from lib.analysis import alignment, localization
 from lib.losses import LOSSES as _LOSSES
 
 TASKS = {"multilabel": "Multi-label", "binary": "Binary"}
@@ -12,14 +12,23 @@ LOSSES = {name: loss.label for name, loss in _LOSSES.items()}
 METRICS = {
     **{"auroc": "AUROC", "ap": "AP", "mean_probability": "Mean probability"},
     **{name: metric.label for name, metric in localization.METRICS.items()},
+    **{name: score.label for name, score in alignment.scores().items()},
     **{"disjoint": "Disjoint", "unique": "Unique"},
+    **{"iou_tuned": "IoU, tuned threshold", "empty": "Empty maps"},
+}
+# What stands in the place of a loss, or of BCE, where a control or a rival does.
+CONTROLS = {
+    "untrained": "Untrained",
+    "shuffled": "BCE, shuffled labels",
+    "other_film": "BCE, boxes of another film",
+    "shifted_bce": "BCE and a constant",
 }
 MISSING = "—"
 
 
 def display(name: str) -> str:
-    """The name to print for a task, backbone, loss or metric id; an unknown id is printed as it is."""
-    for names in (TASKS, BACKBONES, LOSSES, METRICS):
+    """The name to print for a task, backbone, loss, metric or control id; an unknown id is printed as it is."""
+    for names in (TASKS, BACKBONES, LOSSES, METRICS, CONTROLS):
         if name in names:
             return names[name]
     return name

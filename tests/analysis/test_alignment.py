@@ -11,6 +11,7 @@ from lib.analysis.dissection.concepts import concept_records, dissect
 from lib.analysis.inference import Output, stream
 from lib.analysis.localization import METRICS, Metric
 from lib.analysis.pairs import box_pairs, with_other_boxes
+from lib.analysis.place import place_scores
 from lib.analysis.statistics import mean_interval, paired_difference
 from tests.analysis import reference_cam, reference_localization
 from tests.analysis.dissection import reference_dissection
@@ -194,21 +195,9 @@ def test_alignment_equals_a_loop_over_pairs(study, method, rounding):
     model, images, films, boxes = study
     pairs = box_pairs(films, boxes, CLASSES)
     table = align(outputs(study), pairs, model.head, layer="trunk", image_size=SIZE, method=method, rounding=rounding)
-    assert list(table.columns) == [
-        "image",
-        "patient",
-        "class",
-        "n_boxes",
-        "box_area",
-        "cam_mass",
-        "iobb",
-        "ior",
-        "iou",
-        "logit",
-        "layer",
-        "method",
-        "rounding",
-    ]
+    columns = "image patient class n_boxes box_area cam_mass iobb ior iou logit empty cam_mass_minmax iobb_minmax"
+    columns += " ior_minmax hit auprc iou_tuned layer method rounding"
+    assert list(table.columns) == columns.split()
     assert (table[["layer", "method", "rounding"]] == ["trunk", method, rounding]).all(axis=None)
     assert len(table) == len(pairs)
     position = {image: k for k, image in enumerate(films["image"])}
@@ -226,6 +215,13 @@ def test_alignment_equals_a_loop_over_pairs(study, method, rounding):
         )
         assert found.logit == pytest.approx(head(maps[None].double())[0, pair["output"]].item(), rel=1e-4, abs=1e-5)
         assert found.n_boxes == len(pair["boxes"]) and found.patient == pair["patient"]
+        assert found.empty == (scaled(raw).max() == 0)
+        unit = (raw - raw.min()) / (raw.max() - raw.min()) if raw.max() > raw.min() else np.zeros_like(raw)
+        expected = reference_localization.overlap(unit, pair["boxes"], SIZE, rounding)
+        signed = [found.iobb_minmax, found.ior_minmax, found.cam_mass_minmax]
+        np.testing.assert_allclose(signed, [*expected[:2], expected[4]], rtol=1e-4, atol=1e-6)
+        place = place_scores(raw[None], [pair["boxes"]], SIZE, rounding=rounding)
+        assert (found.hit, found.auprc) == pytest.approx(tuple(place.loc[0, ["hit", "auprc"]]), abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize(("method", "rounding"), [("cam", "outward"), ("gradpp", "trunc")])
@@ -237,9 +233,10 @@ def test_alignment_with_other_boxes_equals_a_loop_over_pairs(study, method, roun
         {"layer": "trunk", "image_size": SIZE, "method": method, "rounding": rounding},
     )
     table = align(outputs(study), pairs, model.head, **options)
-    assert list(table.columns[-5:]) == ["iobb_other", "ior_other", "layer", "method", "rounding"]
+    others = [f"{name}_other" for name in ("iobb", "ior", "iobb_minmax", "ior_minmax", "hit", "auprc")]
+    assert list(table.columns[-9:]) == [*others, "layer", "method", "rounding"]
     without = align(outputs(study), plain, model.head, **options)
-    pd.testing.assert_frame_equal(table.drop(columns=["iobb_other", "ior_other"]), without)
+    pd.testing.assert_frame_equal(table.drop(columns=others), without)
     head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
     position = {image: k for k, image in enumerate(films["image"])}
     other = {
@@ -266,7 +263,9 @@ def test_a_metric_of_your_own_is_recorded_and_summarised(study, monkeypatch):
     metric = Metric("Marked", "share of the box above a half", marked, chance="box_area")
     monkeypatch.setitem(METRICS, "marked", metric)
     table = align(outputs(study), pairs, model.head, **options)
-    pd.testing.assert_frame_equal(table.drop(columns=["marked", "marked_other"]), before, check_exact=True)
+    more = ["marked", "marked_minmax"]
+    assert set(table) - set(before) == {*more, *(f"{name}_other" for name in more)}
+    pd.testing.assert_frame_equal(table[list(before)], before, check_exact=True)
     position = {image: k for k, image in enumerate(films["image"])}
     head = reference_cam.pooled_head(model.head.weight.detach(), model.head.bias.detach())
     corners = {(image, name): box for image, name, box in zip(pairs["image"], pairs["class"], pairs["boxes"])}
@@ -276,7 +275,8 @@ def test_a_metric_of_your_own_is_recorded_and_summarised(study, monkeypatch):
         mask = reference_localization.drawn(corners[found.image, found[2]], SIZE)
         expected = (reference_localization.resized(cam, SIZE)[mask] > 0.5).mean() if mask.any() else np.nan
         assert found.marked == pytest.approx(expected, abs=1e-9, nan_ok=True)
-    assert summary(table, 0).index.tolist() == ["iobb", "ior", "marked"]
+    names = ["iobb", "ior", "marked", "iobb_minmax", "ior_minmax", "marked_minmax", "hit", "auprc"]
+    assert summary(table, 0).index.tolist() == names
 
 
 def test_summary_by_hand(study):
@@ -284,13 +284,36 @@ def test_summary_by_hand(study):
     pairs = with_other_boxes(box_pairs(films, boxes, CLASSES))
     table = align(outputs(study), pairs, model.head, layer="trunk", image_size=SIZE)
     found = summary(table, 50)
-    assert found["metric"].to_dict() == {"iobb": "IoBB", "ior": "IoR"}
-    for name, chance in (("iobb", "cam_mass"), ("ior", "box_area")):
+    labels = ["IoBB", "IoR", "IoBB, min-max", "IoR, min-max", "Hit rate", "Pixel AUPRC"]
+    assert found["metric"].to_list() == labels
+    chances = {"iobb": "cam_mass", "iobb_minmax": "cam_mass_minmax"}
+    for name, chance in ((name, chances.get(name, "box_area")) for name in found.index):
         row, mean = found.loc[name], mean_interval(table[name], table["patient"], 50)
         assert row[["point", "low", "high", "n", "n_skipped"]].tolist() == [*mean[:4], mean.n_skipped]
         assert row["anywhere"] == table[chance].mean() and row["other_film"] == table[f"{name}_other"].mean()
         gain = paired_difference(table[name], table[f"{name}_other"], table["patient"], 50)
         assert row[["gain_point", "gain_low", "gain_high"]].tolist() == list(gain[:3])
+
+
+def test_a_shift_is_a_constant_on_maps_and_logits(study):
+    """That of a trunk whose maps of one dead channel are 1 everywhere, weighted with the constant."""
+    model, _, films, boxes = study
+    pairs, shift = with_other_boxes(box_pairs(films, boxes, CLASSES)), np.array([0.7, -0.4, 2.5])
+    options = {"layer": "trunk", "image_size": SIZE}
+    found = align(outputs(study), pairs, model.head, shift=shift, **options)
+    head = moved(model.head, 0)
+    head.weight[:, 5] = torch.from_numpy(shift).float()
+    ones = []
+    for output in outputs(study):
+        maps = output.maps["trunk"].clone()
+        maps[:, 5] = 1
+        ones.append(Output(output.rows, maps.mean((2, 3)) @ head.weight.T + head.bias, {"trunk": maps}))
+    expected = align(ones, pairs, head, **options)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=1e-4)
+    plain = align(outputs(study), pairs, model.head, **options)
+    place = ["hit", "auprc", "iobb_minmax", "iou_tuned"]
+    np.testing.assert_allclose(found[place], plain[place], atol=1e-4)
+    assert (found["iobb"] - plain["iobb"]).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("size", [1, 4, N])

@@ -1,0 +1,115 @@
+"""Where the evidence of a map lies, by scores that neither a constant added to the map nor a scale can move.
+
+A signed map ``sum_k w_k A_k`` has the logit's prior in it: a constant that has nothing to do with the place, which a
+rectifier turns into an empty map or a full one. The scores here depend on the order of the map's values alone (hit,
+AUPRC), or on the map scaled from its least to its largest value (IoU).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from lib.analysis.cam import normalise, resize
+from lib.analysis.localization import box_masks, threshold_iou
+
+SHARES = tuple(np.round(np.arange(0.05, 1, 0.05), 2).tolist())  # of the way from a map's least to its largest value
+
+
+def place_scores(
+    maps: Tensor | np.ndarray, boxes: Sequence, image_size: int, *, rounding: str = "outward"
+) -> pd.DataFrame:
+    """Hit, AUPRC and IoU of signed maps on the union of each one's boxes.
+
+    Parameters
+    ----------
+    maps : float (P, h, w)
+        Signed, at any size; they are resampled bilinearly to the film.
+    boxes : sequence of P arrays (K, 4)
+        x1, y1, x2, y2 in pixels of the film, x2 and y2 exclusive.
+    image_size : int
+        Side of the film in pixels.
+    rounding : {'outward', 'trunc'}
+        See `localization.pixel_boxes`.
+
+    Returns
+    -------
+    DataFrame, one row a pair
+        hit: the share of the pixels that hold the map's largest value which lie in a box, 1 or 0 but for ties (the
+        pointing game of Zhang et al. 2016, without its tolerance). auprc: average precision of the pixels of the boxes
+        against the pixels' values; by chance it is the share of the film that the boxes take. iou_<share>, of each of
+        `SHARES`: IoU of the boxes with the pixels of which the map, scaled from its least to its largest value at its
+        own size, has at least that. NaN where the boxes have no area on the film. Of a constant map hit and AUPRC are
+        those of chance, and IoU is 0.
+
+    Raises
+    ------
+    ValueError
+        A map that holds NaN or infinite values (names the pair), another number of maps than of boxes, an unknown
+        option.
+    """
+    from sklearn.metrics import average_precision_score  # here: names of scores are asked for without it
+
+    maps = torch.as_tensor(maps).detach().cpu().double()
+    if maps.ndim != 3 or len(maps) != len(boxes):
+        raise ValueError(
+            f"need maps (P, h, w) and one list of boxes a map, got {tuple(maps.shape)} and {len(boxes)} lists"
+        )
+    if not len(maps):
+        return pd.DataFrame(columns=["hit", "auprc", *iou_columns()], dtype=float)
+    # Beyond the centres of the outermost cells pixels hold one value but for the rounding of its interpolation.
+    films = resize(normalise(maps, rectify=False), image_size).mul(1e9).round_().div_(1e9).clamp_(0, 1)
+    masks = box_masks(boxes, image_size, rounding=rounding).reshape(len(maps), -1)
+    values = films.flatten(1).numpy()
+    top = values == values.max(axis=1, keepdims=True)
+    known = masks.any(axis=1)
+    scores = pd.DataFrame({"hit": np.full(len(maps), np.nan), "auprc": np.nan})
+    scores.loc[known, "hit"] = ((top & masks).sum(axis=1) / top.sum(axis=1))[known]
+    scores.loc[known, "auprc"] = [average_precision_score(mask, row) for mask, row in zip(masks[known], values[known])]
+    by_share = threshold_iou(films, boxes, image_size, SHARES, rounding=rounding)
+    wide = by_share["iou_lesion"].to_numpy().reshape(len(maps), len(SHARES))
+    return scores.join(pd.DataFrame(np.where(known[:, None], wide, np.nan), columns=iou_columns()))
+
+
+def iou_columns() -> list[str]:
+    """The columns of `place_scores` that hold IoU, in the order of `SHARES`."""
+    return [f"iou_{share:g}" for share in SHARES]
+
+
+def tuned_iou(ious: ArrayLike, patients: ArrayLike, seed: int = 0) -> np.ndarray:
+    """IoU of each pair at the threshold that is best for the pairs of other patients.
+
+    Patients are halved at random; the threshold with the largest mean IoU over one half is used for the other, and the
+    other way round. A threshold picked on the pairs that are scored would flatter the map.
+
+    Parameters
+    ----------
+    ious : float (P, T)
+        Of P pairs at T thresholds; rows of NaN are left out.
+    patients : (P,)
+    seed : int
+        Of the halves, which depend on it and on the set of patients alone: the same for every run.
+
+    Returns
+    -------
+    float64 (P,); NaN for a row of NaN, or where the other half has no pair
+
+    Raises
+    ------
+    ValueError
+        Arrays of different lengths.
+    """
+    ious, patients = np.asarray(ious, dtype=np.float64), np.asarray(patients)
+    if ious.ndim != 2 or len(ious) != len(patients):
+        raise ValueError(f"need IoU (P, T) and the patient of each pair, got {ious.shape} and {len(patients)} patients")
+    names, patient = np.unique(patients, return_inverse=True)
+    first = np.isin(patient, np.random.default_rng(seed).permutation(len(names))[: len(names) // 2])
+    known, tuned = ~np.isnan(ious).any(axis=1), np.full(len(ious), np.nan)
+    for scored in (first, ~first):
+        others = ious[known & ~scored]
+        if len(others):
+            tuned[scored] = ious[scored, others.mean(axis=0).argmax()]
+    return tuned
