@@ -7,7 +7,7 @@ import sys
 sys.path.insert(0, workflow.basedir)
 from lib.data import RELEASES
 from lib.params import ParameterError, load_study
-from lib.workflow import check_releases, hold_outputs, told
+from lib.workflow import check_releases, hold_outputs, jobs_of, told
 
 try:
     OUTPUTS, said = told(os.environ)
@@ -77,18 +77,14 @@ def siblings(wildcards):
 
 def of_runs(study, *files):
     """These files of all runs of a study."""
-    return expand(f"{RUN}/{{file}}", study=study, run=STUDIES[study].runs, seed=STUDIES[study].seeds, file=files)
+    runs = STUDIES[study].every_run
+    return [f"{RUN}/{file}".format(study=study, run=run.name, seed=run.seed) for run in runs for file in files]
 
 
 def products(name, study):
     """All that the rules declare for a study: else what lies only in between would not be made again if it is lost."""
-    compared, asked = study.comparison * study.runs, [run.name for run in study.pneumonia_runs]
-    jobs = dict.fromkeys(("metrics", "cam_alignment", "dissection", "figures"), compared)
-    jobs |= {"attribution": study.attribution, "features": study.features, "intention": asked, "data": True}
-    jobs |= {"train": {*compared, *asked, *study.attribution, *study.features}, "chexnet": study.chexnet and not asked}
-    keys = {"study": name, "seed": study.seeds}
-    made = (expand(getattr(rules, rule).output, run=runs, **keys) for rule, runs in jobs.items() if runs)
-    return sorted(set().union(*made))
+    jobs = ((getattr(rules, rule).output, run, seed) for rule, run, seed in jobs_of(study))
+    return sorted({path for output, run, seed in jobs for path in expand(output, study=name, run=run, seed=seed)})
 
 
 onstart:
@@ -155,12 +151,12 @@ use rule notebook as metrics with:
 
 use rule notebook as cam_alignment with:
     input: **notebook_of_run("03_cam_alignment")
-    output: f"{RUN}/cam_alignment.parquet"
+    output: multiext(f"{RUN}/cam_alignment", ".parquet", "_untrained.parquet")
     log: f"{RUN}/03_cam_alignment.ipynb"
 
 use rule notebook as dissection with:
     input: **notebook_of_run("04_dissection")
-    output: f"{RUN}/concepts.parquet"
+    output: multiext(f"{RUN}/concepts", ".parquet", "_untrained.parquet", "_other_film.parquet")
     log: f"{RUN}/04_dissection.ipynb"
 
 # Which of Figures 1a and 1b there are depends on the tasks of a study, so they are not declared.
@@ -170,6 +166,8 @@ use rule notebook as figures with:
         lambda wildcards: of_runs(wildcards.study, "metrics.csv", "cam_alignment.parquet", "concepts.parquet"),
         **notebook_of_study("05_figures")
     output:
+        multiext(f"{OUT}/tables/", "null.csv", "verdicts.csv", "verdicts.md"),
+        multiext(f"{OUT}/tables/table1_readings", ".csv", ".md"),
         multiext(f"{OUT}/tables/table1_alignment", ".csv", ".md", ".tex"),
         multiext(f"{OUT}/tables/table2_concepts", ".csv", ".md", ".tex"),
         multiext(f"{OUT}/figures/fig2_performance", ".png", ".pdf")

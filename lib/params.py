@@ -113,6 +113,9 @@ class Training(_Keys):
     jitter: float = Field(0.1, ge=0, lt=1, description="brightness and contrast vary by up to this share")
     flip: bool = Field(True, description="training films are mirrored at random")
     augmentation: Literal["paper", "imba"] = Field("paper", description="crop, flip and jitter, or the authors' code")
+    shuffle_labels: bool = Field(
+        False, description="a control that can learn nothing: label sets dealt out anew among the training films"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is faster")
     gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) of one run; above 1 it runs under torchrun")
     device: str = Field(
@@ -190,6 +193,9 @@ class Study(Analysis, Loss, Training, Data):
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         [0], min_length=1, description="every run is trained once per seed"
     )
+    baseline_seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+        [], description="further seeds of the BCE runs: what chance alone changes"
+    )
     comparison: bool = Field(True, description="whether 02 to 05 compare the runs, as Khakzar et al. do")
     attribution: list[Name] = Field([], description="runs that 06 explains by relevance")
     features: list[Name] = Field([], description="runs whose features 07 analyses")
@@ -211,7 +217,7 @@ class Study(Analysis, Loss, Training, Data):
                 raise ValueError(f"no file params/runs/{name}.yaml{nearest(name, known)}")
         return runs
 
-    @field_validator("runs", "seeds", "attribution", "features", "companions")
+    @field_validator("runs", "seeds", "baseline_seeds", "attribution", "features", "companions")
     @classmethod
     def _each_once(cls, values):
         if len(set(values)) < len(values):
@@ -241,6 +247,8 @@ class Study(Analysis, Loss, Training, Data):
             raise ValueError(
                 "augmentation: imba transposes and turns films, so flip: false cannot be kept; use augmentation: paper"
             )
+        if both := set(self.seeds) & set(self.baseline_seeds):
+            raise ValueError(f"baseline_seeds names {min(both)}, which is one of seeds already")
         for key in ("attribution", "features"):
             if foreign := [name for name in getattr(self, key) if name not in self.runs]:
                 raise ValueError(f"{key} names {foreign[0]}, which is none of the study's runs")
@@ -305,13 +313,17 @@ class Study(Analysis, Loss, Training, Data):
 
     @property
     def every_run(self) -> list["Run"]:
-        """All runs of the study, each with every seed."""
-        return [self.run(name, seed) for name in self.runs for seed in self.seeds]
+        """All runs of the study, each with every seed that it has."""
+        return [self.run(name, seed) for name in self.runs for seed in self.seeds_of(name)]
 
     @property
     def pneumonia_runs(self) -> list["Run"]:
         """Those that 08 asks where they look."""
         return [run for run in self.every_run if run.task == "pneumonia"]
+
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds of a run: those of the study and, of a BCE run, the further ones."""
+        return [*self.seeds, *(self.baseline_seeds if name.endswith("-bce") else [])]
 
     def run(self, name, seed=None) -> "Run":
         """The `Run` of this study that params/runs/<name>.yaml describes; by default with the study's first seed."""

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -138,21 +138,23 @@ def _present(path):
     return path
 
 
-def read_runs(study: Study, name: str) -> pd.DataFrame:
-    """One table from every run of a study, stacked, with the run's task, backbone, loss and seed in front.
+def read_runs(study: Study, name: str, losses: Container[str] | None = None) -> pd.DataFrame:
+    """One table from every run of a study, stacked, with the run's task, backbone, loss and seed behind.
 
     Parameters
     ----------
     study : lib.params.Study
     name : str
         File name within a run's folder, such as 'metrics.csv'.
+    losses : container of str, optional
+        Only the runs of these losses.
 
     Raises
     ------
     FileNotFoundError
         Runs that have no such table yet; all are named.
     """
-    runs = study.every_run
+    runs = [run for run in study.every_run if losses is None or run.loss in losses]
     missing = [str(run.run_folder.relative_to(study.folder)) for run in runs if not (run.run_folder / name).is_file()]
     if missing:
         raise RecordError(

@@ -30,7 +30,7 @@ from lib.analysis.inference import predict
 from lib.analysis.metrics import classification_metrics
 from lib.data import open_data
 from lib.data.batches import count_batches, evaluation_batches, training_batches
-from lib.data.release import task_targets
+from lib.data.release import shuffled_targets, task_targets
 from lib.devices import choose_device, device_name, gpu_names, hold_gpus, uses_bfloat16
 from lib.locks import exclusive
 from lib.losses import make_loss
@@ -198,6 +198,7 @@ def _fit(run, model, init, device, rank, world):
     release, store = open_data(run)
     targets, classes = task_targets(release.targets, run.task, run.no_finding_output)
     rows = {split: store.rows(split) for split in ("train", "val", "test")}
+    learnt = shuffled_targets(targets, rows["train"], run.seed) if run.shuffle_labels else targets
     n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
     criterion = make_loss(run.loss, n_positive, len(rows["train"]) - n_positive, run)
     identity = run.identity | {
@@ -265,7 +266,7 @@ def _fit(run, model, init, device, rank, world):
     for epoch in range(len(history) + 1, run.epochs + 1):
         clock = time.perf_counter()
         row = _train_epoch(
-            replica, optimizer, store, rows["train"], targets, criterion, run, epoch, low_precision, rank, world
+            replica, optimizer, store, rows["train"], learnt, criterion, run, epoch, low_precision, rank, world
         )
         if rank == 0:
             row |= _validate(model, store, rows["val"], targets, classes, criterion, run, epoch, device)

@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lib.data import RELEASES
@@ -34,6 +34,20 @@ def told(environ: Mapping[str, str]) -> tuple[str, dict[str, str | list[str]]]:
     check_name("OUTPUTS", outputs)
     keys = {"data_root": root and os.path.abspath(root), "runs": environ.get("RUNS", "").split()}
     return str(Path(outputs)), {key: value for key, value in keys.items() if value}
+
+
+def jobs_of(study: Study) -> Iterator[tuple[str, str, int]]:
+    """What is to be made for a study: a rule of the Snakefile, and of a rule for runs the run and its seed ('' and 0
+    else). The further seeds of the BCE runs are compared, and no more."""
+    asked = study.pneumonia_runs
+    compared = study.comparison * study.runs
+    whole = {"data": True, "figures": compared, "intention": asked, "chexnet": study.chexnet and not asked}
+    yield from ((rule, "", 0) for rule, wanted in whole.items() if wanted)
+    trained = dict.fromkeys([*compared, *(run.name for run in asked), *study.attribution, *study.features])
+    each = {"train": trained, **dict.fromkeys(("metrics", "cam_alignment", "dissection"), compared)}
+    yield from ((rule, run, seed) for rule, runs in each.items() for run in runs for seed in study.seeds_of(run))
+    some = {"attribution": study.attribution, "features": study.features}
+    yield from ((rule, run, seed) for rule, runs in some.items() for run in runs for seed in study.seeds)
 
 
 def check_releases(studies: Iterable[Study]) -> None:

@@ -596,3 +596,12 @@ def test_the_command_refuses_in_a_line(words, said, monkeypatch):
     with pytest.raises(SystemExit, match=said) as ended:
         runpy.run_path(params.__file__, run_name="__main__")
     assert len(str(ended.value).splitlines()) == 1
+
+
+def test_further_seeds_are_those_of_the_bce_runs():
+    study = Study(runs=["multilabel-tdensenet-bce", "multilabel-tdensenet-focal"], seeds=[0, 1], baseline_seeds=[7])
+    assert [(run.loss, run.seed) for run in study.every_run] == [
+        ("bce", 0), ("bce", 1), ("bce", 7), ("focal", 0), ("focal", 1)
+    ]  # fmt: skip
+    with pytest.raises(ParameterError, match="baseline_seeds names 1, which is one of seeds already"):
+        Study.build({"seeds": [0, 1], "baseline_seeds": [1]})

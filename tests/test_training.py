@@ -29,7 +29,7 @@ from lib.devices import DeviceError, choose_device, hold_gpus
 from lib.locks import exclusive, try_lock
 from lib.losses import Criterion
 from lib.models import build_model
-from lib.params import ROOT, Run
+from lib.params import IDENTITY, ROOT, Run
 from lib.records import RecordError
 from lib.runs import OpenStudy, Subject
 from lib.state import (
@@ -164,6 +164,24 @@ def interrupt(run, monkeypatch, after):
 
 
 # ---- interruptions
+
+
+def test_a_control_trains_on_labels_dealt_out_anew_and_is_a_run_of_its_own(new_run, monkeypatch):
+    """Class counts stay, targets of a film do not; validation keeps the true ones."""
+    learnt, validated, seen = [], [], []
+    real, validate = training.training_batches, training._validate
+    monkeypatch.setattr(training, "training_batches", lambda *a, **k: (learnt.append(a[2]), real(*a, **k))[1])
+    monkeypatch.setattr(training, "_validate", lambda *a: (validated.append(a[3]), validate(*a))[1])
+    for shuffle in (False, True):
+        run = new_run(f"{shuffle}", shuffle_labels=shuffle, epochs=1)
+        training.fit(run)
+        seen.append((learnt[-1], validated[-1], records.read_json(run.run_folder / "run.json")))
+    (true, kept, record), (dealt, still, other) = seen
+    rows = (true != dealt).any(axis=1)
+    assert rows.any() and record["n_positive_train"] == other["n_positive_train"]
+    np.testing.assert_array_equal(dealt.sum(0), true.sum(0))
+    np.testing.assert_array_equal(kept, still)
+    assert other["parameters"]["shuffle_labels"] and "shuffle_labels" in IDENTITY
 
 
 def test_a_finished_run_leaves_what_is_promised(uninterrupted):

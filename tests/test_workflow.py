@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lib.params import ParameterError, Study, load_study
-from lib.workflow import check_releases, hold_outputs, told
+from lib.workflow import check_releases, hold_outputs, jobs_of, told
 
 
 def test_what_is_not_said_is_the_studys_own(tmp_path, monkeypatch):
@@ -86,3 +86,42 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(tmp_path, ki
         hold_outputs(str(outputs), ["smoke"])
     assert f"OUTPUTS={outputs}: results cannot be written there (" in str(refused.value)
     assert "Errno" not in str(refused.value) and "name another folder" in str(refused.value)
+
+
+# ---- what is to be made
+
+
+def test_the_jobs_of_a_study():
+    study = Study(
+        release="digits",
+        runs=["digits-small_cnn-bce", "digits-small_transformer-bce"],
+        seeds=[0, 1],
+        baseline_seeds=[5],
+        features=["digits-small_cnn-bce"],
+    )
+    jobs = list(jobs_of(study))
+    assert len(set(jobs)) == len(jobs)
+    runs = [(run, seed) for run in study.runs for seed in (0, 1, 5)]
+    for rule in ("train", "metrics", "cam_alignment", "dissection"):
+        assert [job[1:] for job in jobs if job[0] == rule] == runs
+    assert [job[1:] for job in jobs if job[0] == "features"] == [
+        ("digits-small_cnn-bce", 0),
+        ("digits-small_cnn-bce", 1),
+    ]
+    assert [job[0] for job in jobs if not job[1]] == ["data", "figures"]
+
+
+def test_a_study_that_compares_nothing_trains_what_its_lenses_ask_for():
+    study = load_study("digits")
+    jobs = list(jobs_of(study))
+    assert not study.comparison and not {"metrics", "figures", "dissection"} & {job[0] for job in jobs}
+    assert {job[1] for job in jobs if job[0] == "train"} == {*study.attribution, *study.features}
+
+
+def test_pneumonia_runs_are_asked_once_and_take_the_checkpoints_place():
+    study = load_study("demo_rsna")
+    rules = [job[0] for job in jobs_of(study)]
+    assert rules.count("intention") == 1 and "chexnet" not in rules
+    assert [job[1] for job in jobs_of(study) if job[0] == "train"] == [run.name for run in study.pneumonia_runs]
+    study = load_study("demo")
+    assert "chexnet" in [job[0] for job in jobs_of(study.model_copy(update={"chexnet": "file"}))]

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from lib.analysis.metrics import classification_metrics, metric_differences
-from lib.analysis.statistics import mean_interval, paired_difference
+from lib.analysis.metrics import METRICS, classification_metrics, metric_differences, seed_averages
+from lib.analysis.statistics import mean_interval, paired_difference, replicate_means
+from lib.analysis.verdicts import Effect, effect, seed_variance
 
 RUN = ["task", "backbone", "loss"]
 BASELINE = "bce"
+EFFECTS = [*RUN, "metric", *Effect._fields, "n_seeds", "n_baseline", "n_patients"]
 DIFFERENT = "were evaluated on different films or classes: run both again on the same release"
 
 
@@ -112,6 +114,153 @@ def prediction_differences(predictions: pd.DataFrame, *, n_replicates: int, seed
         average = differences[differences["class"] == "Average"]
         rows += [(*run, row.metric, row.point, row.low, row.high) for row in average.itertuples()]
     return pd.DataFrame(rows, columns=[*RUN, "metric", "difference", "ci_low", "ci_high"])
+
+
+def record_effects(
+    records: pd.DataFrame,
+    metrics: Sequence[str],
+    key: Sequence[str],
+    *,
+    n_replicates: int,
+    seed: int = 0,
+    baseline: str = BASELINE,
+) -> pd.DataFrame:
+    """Effect of every run against the BCE run of its task and backbone, with the chance of training in it.
+
+    Arguments and errors as in `record_differences`. The variance between seeds is pooled over the runs of a task and
+    backbone, see `analysis.verdicts`. A `baseline` other than BCE is a control that stands in the column `loss`.
+
+    Returns
+    -------
+    DataFrame
+        task, backbone, loss, metric, the fields of `verdicts.Effect`, n_seeds, n_baseline (seeds of both), n_patients.
+    """
+    rows = []
+    for metric in metrics:
+        for (task, backbone), runs in records.groupby(RUN[:2], sort=False):
+            values = {
+                loss: _by_seed(frame, metric, key, (task, backbone, loss))
+                for loss, frame in runs.groupby("loss", sort=False)
+            }
+            if baseline not in values:
+                continue
+            bce = values[baseline]
+            patients = bce.index.get_level_values("patient")
+            between = seed_variance([run.mean().dropna() for run in values.values()])
+            for loss, mine in values.items():
+                if loss == baseline:
+                    continue
+                if not mine.index.equals(bce.index):
+                    raise ValueError(f"{task}-{backbone}-{loss} and its {_run_of(baseline)} {DIFFERENT}")
+                # Every seed of one against every seed of the other, over the records that both have.
+                apart = (mine.to_numpy().T[:, None] - bce.to_numpy().T).reshape(-1, len(mine))
+                drawn = replicate_means(apart, patients, n_replicates, seed).mean(axis=1)
+                known = apart[~np.isnan(apart).all(axis=1)]
+                point = float(np.nanmean(known, axis=1).mean()) if len(known) == len(apart) else np.nan
+                counts = mine.shape[1], bce.shape[1]
+                found = _effect(point, drawn, patients.nunique(), counts, between)
+                rows.append((task, backbone, loss, metric, *found, *counts, patients.nunique()))
+    return pd.DataFrame(rows, columns=EFFECTS)
+
+
+def prediction_effects(
+    predictions: pd.DataFrame, *, n_replicates: int, seed: int = 0, baseline: str = BASELINE
+) -> pd.DataFrame:
+    """Effects on macro AUROC, macro AP and the mean probability over all classes; as `record_effects`.
+
+    Predictions as in `prediction_differences`. Classes with one label only have no AUROC and no AP, but take part in
+    the mean probability.
+    """
+    rows = []
+    for (task, backbone), runs in predictions.groupby(RUN[:2], sort=False):
+        arrays = {loss: prediction_arrays(frame) for loss, frame in runs.groupby("loss", sort=False)}
+        if baseline not in arrays:
+            continue
+        _, targets, classes, patients = arrays[baseline]
+        points, drawn = {}, {}
+        for loss, (logits, other_targets, other_classes, other_patients) in arrays.items():
+            same = classes == other_classes and np.array_equal(targets, other_targets)
+            if not (same and np.array_equal(patients, other_patients)):
+                raise ValueError(f"{task}-{backbone}-{loss} and its {_run_of(baseline)} {DIFFERENT}")
+            points[loss], drawn[loss] = seed_averages(logits, targets, classes, patients, n_replicates, seed)
+        for column, metric in enumerate(METRICS):
+            between = seed_variance([one[column] for one in points.values()])
+            for loss, one in points.items():
+                if loss == baseline:
+                    continue
+                point = one[column].mean() - points[baseline][column].mean()
+                apart = drawn[loss][column].mean(axis=1) - drawn[baseline][column].mean(axis=1)
+                counts = len(one[column]), len(points[baseline][column])
+                n_patients = len(np.unique(patients))
+                found = _effect(point, apart, n_patients, counts, between)
+                rows.append((task, backbone, loss, metric, *found, *counts, n_patients))
+    return pd.DataFrame(rows, columns=EFFECTS)
+
+
+def with_control(records: pd.DataFrame, control: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The records of the BCE runs, and those of their control beside them as a baseline of that name.
+
+    Parameters
+    ----------
+    records, control : DataFrame
+        task, backbone, loss, seed and records of the same films; of `control` only what belongs to BCE runs is taken.
+    """
+    own, other = (frame[frame["loss"] == BASELINE] for frame in (records, control))
+    return pd.concat([own, other.assign(loss=name)], ignore_index=True)
+
+
+def elsewhere(alignment: pd.DataFrame) -> pd.DataFrame:
+    """Alignment records with the scores on another film's boxes, <score>_other, in the place of the scores."""
+    scores = [column.removesuffix("_other") for column in alignment if column.endswith("_other")]
+    return alignment.assign(**{name: alignment[f"{name}_other"] for name in scores})
+
+
+def seed_records(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The averages over classes of every run and seed, a row each: task, backbone, loss, seed, auroc, ap and
+    mean_probability, see `metrics.seed_averages`. Predictions as in `prediction_differences`."""
+    parts = []
+    for run, frame in predictions.groupby(RUN, sort=False):
+        point, _ = seed_averages(*prediction_arrays(frame), n_replicates=0)
+        seeds = pd.DataFrame(point.T, columns=list(METRICS)).assign(seed=sorted(frame["seed"].unique()))
+        parts.append(seeds.assign(**dict(zip(RUN, run, strict=True))))
+    return pd.concat(parts, ignore_index=True)
+
+
+def seed_differences(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """What chance alone changes: differences of BCE's means between every two seeds, of each task and backbone.
+
+    Parameters
+    ----------
+    records : DataFrame
+        task, backbone, loss, seed and the columns of `metrics`; of predictions, one row a seed with its averages.
+
+    Returns
+    -------
+    DataFrame
+        task, backbone, metric, seed, other, difference (the later seed minus the earlier).
+    """
+    means = records[records["loss"] == BASELINE].groupby([*RUN[:2], "seed"], sort=True)[list(metrics)].mean()
+    rows = [
+        (task, backbone, metric, seed, other, part.loc[(task, backbone, other), metric] - value)
+        for (task, backbone), part in means.groupby(RUN[:2], sort=False)
+        for metric in metrics
+        for (_, _, seed), value in part[metric].items()
+        for other in part.index.get_level_values("seed")
+        if seed < other
+    ]
+    return pd.DataFrame(rows, columns=[*RUN[:2], "metric", "seed", "other", "difference"])
+
+
+def _run_of(baseline):
+    return "BCE run" if baseline == BASELINE else f"control {baseline}"
+
+
+def _effect(point, drawn, n_patients, counts, between) -> Effect:
+    """Of a metric that no record has, or of one patient, nothing is known but that."""
+    drawn = drawn[~np.isnan(drawn)]
+    if np.isnan(point) or n_patients < 2 or len(drawn) < 2:
+        return Effect(point, *[np.nan] * 5, bool(between[1]))
+    return effect(point, drawn, n_patients, counts, between)
 
 
 def prediction_metrics(predictions: pd.DataFrame, *, n_replicates: int, seed: int = 0) -> pd.DataFrame:

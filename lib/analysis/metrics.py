@@ -228,6 +228,31 @@ def metric_differences(
     return _metric_frame(point[:, 0], drawn, classes, whole.size)
 
 
+def seed_averages(
+    logits: ArrayLike, targets: ArrayLike, classes: Sequence[str], patients: ArrayLike, n_replicates: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The averages over classes of every seed, and in replicates over patients; arguments and errors as in
+    `metric_intervals`, logits (S, N, M).
+
+    Returns
+    -------
+    point : ndarray of float64, (3, S)
+        `METRICS` by seed: AUROC and AP over the classes with both labels, the mean probability over all classes.
+    drawn : ndarray of float64, (3, R, S)
+    """
+    logits, targets = checked_predictions(logits, targets, classes, patients)
+    replicates = patient_replicates(patients, n_replicates, seed)
+    whole = np.ones((1, replicates.counts.shape[1]), dtype=np.uint16)
+    average = len(classes)  # the first of `average_rows`, behind the classes
+    found = []
+    for counts in (whole, replicates.counts):
+        seeds = [_seed_metrics(one, targets, classes, counts, replicates.patient) for one in logits]
+        ranked = [values[:2, :, average] for values in seeds]
+        probability = [values[2:, :, :average].mean(axis=2) for values in seeds]
+        found.append(np.stack([np.concatenate(both) for both in zip(ranked, probability, strict=True)], axis=-1))
+    return found[0][:, 0], found[1]
+
+
 def average_rows(classes: Sequence[str]) -> dict[str, list[int]]:
     """Rows that average over classes: name -> columns.
 

@@ -188,6 +188,25 @@ def paired_difference(
     return mean_interval((a[:, None] - b).reshape(-1, a.shape[1]), patients, n_replicates, seed)
 
 
+def replicate_means(values: ArrayLike, patients: ArrayLike, n_replicates: int, seed: int = 0) -> np.ndarray:
+    """Means over records in replicates over patients, each row of values by itself; the draws of `mean_interval`.
+
+    Parameters
+    ----------
+    values : array_like of float, (S, N)
+        NaN means undefined and is left out.
+    patients, n_replicates, seed
+        As in `mean_interval`.
+
+    Returns
+    -------
+    ndarray of float64, (R, S); NaN where a replicate drew no value
+    """
+    values = np.asarray(values, dtype=np.float64)
+    groups, everyone = np.repeat(np.arange(len(values)), values.shape[1]), np.tile(np.asarray(patients), len(values))
+    return _mean_intervals(values.ravel(), groups, len(values), everyone, n_replicates, seed)[1]
+
+
 def incidence(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> csr_array:
     """How many films fall on each (row, patient); repeated entries are summed."""
     return csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)

@@ -140,6 +140,24 @@ def task_targets(targets: np.ndarray, task: str, no_finding: bool = True) -> tup
     return np.delete(targets, column, axis=1), list(FINDINGS)
 
 
+def shuffled_targets(targets: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+    """Targets in which the label sets of the films in `rows` are dealt out anew among them.
+
+    Every set stays as often as it was, so class counts and labels that occur together are kept, and whatever a network
+    learns from these films says nothing about others. Other rows are as they were.
+
+    Parameters
+    ----------
+    targets : uint8 (N, M)
+    rows : int (n,)
+        Such as those of the training films.
+    seed : int
+    """
+    dealt = targets.copy()
+    dealt[rows] = targets[np.random.default_rng((seed, 0)).permutation(rows)]
+    return dealt
+
+
 def task_boxes(boxes: pd.DataFrame, task: str) -> pd.DataFrame:
     """Boxes with the classes of the task, rows kept and not merged.
 

@@ -17,3 +17,4 @@ from lib.tables.khakzar import (
 )
 from lib.tables.layout import long_metrics
 from lib.tables.names import BACKBONES, LOSSES, TASKS, display, ordered
+from lib.tables.verdicts import cells_markdown, claim_sentences, claim_table, readings_markdown

@@ -6,6 +6,7 @@ from sklearn.metrics import roc_auc_score
 
 from lib.analysis import comparison
 from lib.analysis.metrics import classification_metrics, metric_differences
+from lib.analysis.statistics import patient_replicates
 
 
 def run(loss, seed=0, backbone="tdensenet", task="multilabel"):
@@ -239,3 +240,125 @@ def test_predictions_of_different_films_are_refused(change):
 def test_no_bce_run_at_all():
     assert comparison.prediction_differences(predictions("focal"), n_replicates=0).empty
     assert comparison.record_differences(concepts([1, 2, 3], "focal"), ["unique"], ["image"], n_replicates=0).empty
+
+
+# --- effects, with the chance of training
+
+
+def test_effects_of_records_against_a_loop():
+    rng = np.random.default_rng(0)
+    images = [f"{i:02d}" for i in range(24)]
+    frames = []
+    for loss, seeds in (("bce", 3), ("wbce", 2), ("focal", 1)):
+        for seed in range(seeds):
+            frame = pd.DataFrame({"image": images, "patient": [str(i // 2) for i in range(24)]})
+            values = rng.normal(seed / 10 + (loss == "wbce"), 1, 24)
+            values[rng.random(24) < 0.1] = np.nan
+            frames.append(frame.assign(unique=values, **run(loss, seed)))
+    records = pd.concat(frames, ignore_index=True)
+    table = comparison.record_effects(records, ["unique"], ["image"], n_replicates=400).set_index("loss")
+    assert set(table.index) == {"focal", "wbce"} and table["seeds"].all()
+
+    wide = {
+        loss: frame.pivot(index="image", columns="seed", values="unique") for loss, frame in records.groupby("loss")
+    }
+    squares = sum(((frame.mean() - frame.mean().mean()) ** 2).sum() for frame in wide.values())
+    between = squares / (2 + 1)
+    patients = np.array([str(i // 2) for i in range(24)])
+    replicates = patient_replicates(patients, 400, 0)
+    weights = replicates.counts[:, replicates.patient].astype(float)
+    for loss in ("wbce", "focal"):
+        pairs = [(wide[loss][a] - wide["bce"][b]).to_numpy() for a in wide[loss] for b in wide["bce"]]
+        point = np.mean([np.nanmean(pair) for pair in pairs])
+        drawn = np.mean(
+            [(weights * np.nan_to_num(one)).sum(1) / (weights * ~np.isnan(one)).sum(1) for one in pairs], axis=0
+        )
+        seeds = between * (1 / wide[loss].shape[1] + 1 / 3)
+        assert table.loc[loss, "point"] == pytest.approx(point)
+        assert table.loc[loss, "se"] == pytest.approx(np.sqrt(drawn.var(ddof=1) + seeds))
+        assert table.loc[loss, ["n_seeds", "n_baseline", "n_patients"]].tolist() == [wide[loss].shape[1], 3, 12]
+
+
+def test_effects_of_predictions_against_scikit_learn():
+    losses = [("bce", 0), ("bce", 1), ("wbce", 0), ("wbce", 1)]
+    frames = {key: predictions(*key, shift=key[0] == "wbce") for key in losses}
+    table = comparison.prediction_effects(pd.concat(frames.values()), n_replicates=60).set_index("metric")
+    auroc = {
+        key: np.mean([roc_auc_score(part["target"], part["logit"]) for _, part in frame.groupby("class")])
+        for key, frame in frames.items()
+    }
+    by_hand = np.mean([auroc["wbce", s] for s in (0, 1)]) - np.mean([auroc["bce", s] for s in (0, 1)])
+    assert table.loc["auroc", "point"] == pytest.approx(by_hand)
+    probability = {key: expit(frame["logit"]).mean() for key, frame in frames.items()}
+    by_hand = np.mean([probability["wbce", s] for s in (0, 1)]) - np.mean([probability["bce", s] for s in (0, 1)])
+    assert table.loc["mean_probability", "point"] == pytest.approx(by_hand)
+    between = sum((auroc[loss, 0] - auroc[loss, 1]) ** 2 / 2 for loss in ("bce", "wbce")) / 2
+    assert table.loc["auroc", "se"] > np.sqrt(between) and table["seeds"].all() and (table["n_patients"] == 30).all()
+
+
+def test_a_class_of_one_label_has_a_part_in_the_mean_probability_only():
+    frames = [predictions(loss) for loss in ("bce", "wbce")]
+    whole = comparison.prediction_effects(pd.concat(frames), n_replicates=20).set_index("metric")
+    more = [
+        pd.concat([one, one[one["class"] == "Mass"].assign(**{"class": "Hernia", "target": 0, "logit": logit})])
+        for one, logit in zip(frames, (-1.0, 1.0))
+    ]
+    found = comparison.prediction_effects(pd.concat(more), n_replicates=20).set_index("metric")
+    assert found.loc["auroc", "point"] == pytest.approx(whole.loc["auroc", "point"])
+    rise = (2 * whole.loc["mean_probability", "point"] + expit(1) - expit(-1)) / 3
+    assert found.loc["mean_probability", "point"] == pytest.approx(rise)
+
+
+def test_effects_of_one_seed_and_of_runs_on_other_films():
+    records = pd.concat([concepts([1, 2, 6], "focal"), concepts([2, 2, 2], "bce")])
+    table = comparison.record_effects(records, ["unique"], ["image"], n_replicates=50)
+    assert not table["seeds"].item() and table["se"].item() > 0
+    alone = concepts([1, 2, 6], "focal", backbone="resnet50")
+    assert not len(comparison.record_effects(alone, ["unique"], ["image"], n_replicates=50))
+    other = pd.concat([concepts([1, 2, 6], "focal", images="abd"), concepts([2, 2, 2], "bce")])
+    with pytest.raises(ValueError, match="multilabel-tdensenet-focal and its BCE run were evaluated on different"):
+        comparison.record_effects(other, ["unique"], ["image"], n_replicates=50)
+    other = pd.concat([predictions("bce"), predictions("wbce", n=58)])
+    with pytest.raises(ValueError, match="multilabel-tdensenet-wbce and its BCE run were evaluated on different"):
+        comparison.prediction_effects(other, n_replicates=5)
+    empty = pd.concat([concepts([np.nan] * 3, "focal"), concepts([2, 2, 2], "bce")])
+    found = comparison.record_effects(empty, ["unique"], ["image"], n_replicates=50)
+    assert found[["point", "se"]].isna().all(axis=None)
+
+
+def test_a_control_in_the_place_of_bce():
+    runs = pd.concat([concepts([1, 2, 6], "bce"), concepts([3, 4, 5], "focal")])
+    control = pd.concat([concepts([0, 2, 1], "bce"), concepts([9, 9, 9], "focal")])
+    frame = comparison.with_control(runs, control, "untrained")
+    assert sorted(set(frame["loss"])) == ["bce", "untrained"] and len(frame) == 6
+    found = comparison.record_effects(frame, ["unique"], ["image"], n_replicates=50, baseline="untrained")
+    assert found["loss"].item() == "bce" and found["point"].item() == pytest.approx(3 - 1)
+    other = comparison.with_control(runs, concepts([0, 2, 1], "bce", images="abd"), "untrained")
+    with pytest.raises(
+        ValueError, match="multilabel-tdensenet-bce and its control untrained were evaluated on different"
+    ):
+        comparison.record_effects(other, ["unique"], ["image"], n_replicates=50, baseline="untrained")
+
+
+def test_scores_elsewhere_take_the_place_of_the_scores():
+    table = pd.DataFrame(
+        {"image": ["a"], "iobb": [0.2], "iobb_other": [0.1], "hit": [1.0], "hit_other": [0.0], "empty": 0}
+    )
+    found = comparison.elsewhere(table)
+    assert found.loc[0, ["iobb", "hit", "empty"]].tolist() == [0.1, 0.0, 0] and table["iobb"].item() == 0.2
+
+
+def test_what_chance_alone_changes_is_every_pair_of_bce_seeds():
+    frames = {(loss, seed): predictions(loss, seed) for loss in ("bce", "focal") for seed in (0, 1, 2)}
+    averages = comparison.seed_records(pd.concat(frames.values()))
+    assert len(averages) == 6
+    for (loss, seed), frame in frames.items():
+        auroc = np.mean([roc_auc_score(part["target"], part["logit"]) for _, part in frame.groupby("class")])
+        row = averages[(averages["loss"] == loss) & (averages["seed"] == seed)].iloc[0]
+        assert row["auroc"] == pytest.approx(auroc)
+        assert row["mean_probability"] == pytest.approx(expit(frame["logit"]).mean())
+    null = comparison.seed_differences(averages, ["auroc"])
+    assert null[["seed", "other"]].values.tolist() == [[0, 1], [0, 2], [1, 2]]
+    bce = averages[averages["loss"] == "bce"].set_index("seed")["auroc"]
+    np.testing.assert_allclose(null["difference"], [bce[1] - bce[0], bce[2] - bce[0], bce[2] - bce[1]])
+    assert not len(comparison.seed_differences(averages[averages["seed"] == 0], ["auroc"]))

@@ -9,7 +9,16 @@ import pytest
 from lib.data import reading
 from lib.data import release as data
 from lib.data.nih import read_names, read_release
-from lib.data.release import BOX_COLUMNS, CLASSES, FINDINGS, ReleaseError, film_boxes, task_boxes, task_targets
+from lib.data.release import (
+    BOX_COLUMNS,
+    CLASSES,
+    FINDINGS,
+    ReleaseError,
+    film_boxes,
+    shuffled_targets,
+    task_boxes,
+    task_targets,
+)
 
 ENTRY_2017 = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -725,3 +734,14 @@ def test_the_real_sample():
     assert kinds(release) == {"label alias"}
     corners = release.boxes[["x1", "y1", "x2", "y2"]].to_numpy()
     assert corners.min() >= 0 and corners.max() <= 1024
+
+
+def test_shuffled_targets_are_the_same_sets_on_other_films():
+    targets = np.random.default_rng(0).integers(0, 2, (40, 5)).astype(np.uint8)
+    rows = np.arange(5, 35)
+    dealt = shuffled_targets(targets, rows, seed=3)
+    assert sorted(map(bytes, dealt[rows])) == sorted(map(bytes, targets[rows]))
+    assert (dealt[rows] != targets[rows]).any(axis=1).mean() > 0.5
+    np.testing.assert_array_equal(np.delete(dealt, rows, 0), np.delete(targets, rows, 0))
+    np.testing.assert_array_equal(dealt, shuffled_targets(targets, rows, seed=3))
+    assert (dealt != shuffled_targets(targets, rows, seed=4)).any()

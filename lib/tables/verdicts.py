@@ -1,0 +1,105 @@
+"""The verdicts on the claims of the plan, as a table and in words; every number from the frame of `plan.judge`."""
+
+import pandas as pd
+
+from lib.tables.layout import bounds_text, markdown, number_text
+from lib.tables.names import display
+
+
+def claim_table(judged: pd.DataFrame) -> pd.DataFrame:
+    """One row a claim: how often it holds, and how large the differences are.
+
+    Parameters
+    ----------
+    judged : DataFrame
+        Of `plan.judge`.
+
+    Returns
+    -------
+    DataFrame
+        claim, source, says, metric, against, expected, margin, cells, holds, contradicted, undecided, median, least and
+        largest (of the differences), detectable (the largest over the cells, see `verdicts.Effect`), seeds (whether the
+        chance of training is in every cell).
+    """
+    keys = ["claim", "source", "says", "metric", "against", "expected"]
+    rows = []
+    for key, cells in judged.groupby(keys, sort=False):
+        counts = cells["outcome"].value_counts()
+        outcomes = {name: int(counts.get(name, 0)) for name in ("holds", "contradicted", "undecided")}
+        sizes = {"median": "median", "least": "min", "largest": "max"}
+        rows.append(
+            dict(zip(keys, key))
+            | {"margin": cells["margin"].iloc[0], "cells": len(cells)}
+            | outcomes
+            | {name: getattr(cells["point"], how)() for name, how in sizes.items()}
+            | {"detectable": cells["detectable"].max(), "seeds": bool(cells["seeds"].all())}
+        )
+    return pd.DataFrame(rows)
+
+
+def cells_markdown(judged: pd.DataFrame, cell: list[str], decimals: int = 3) -> str:
+    """Every cell of every claim as a Markdown table: the difference with its interval, and the verdict.
+
+    `cell` : the columns that tell the cells of a claim apart, such as task, backbone and loss.
+    """
+    head = [
+        "Claim",
+        "Expected",
+        *(name.capitalize() for name in cell),
+        "Difference",
+        "95 % interval",
+        "Verdict",
+        "Claim",
+    ]
+    lines = [
+        [
+            f"{display(row['metric'])} against {display(row['against'])}",
+            row["expected"],
+            *(display(str(row[name])) for name in cell),
+            number_text(row["point"], decimals),
+            bounds_text(row["low"], row["high"], decimals),
+            answer(row),
+            row["outcome"],
+        ]
+        for _, row in judged.iterrows()
+    ]
+    return markdown([head, *lines], "")
+
+
+def answer(row: pd.Series) -> str:
+    """The verdict on one cell in words: which way it differs, that it is equivalent, or that it is undecided."""
+    if row["verdict"] != "different":
+        return row["verdict"]
+    return "higher" if row["point"] > 0 else "lower"
+
+
+def claim_sentences(judged: pd.DataFrame) -> list[str]:
+    """The frame of `claim_table` in words, a Markdown line a claim."""
+    return [_sentence(row) for _, row in claim_table(judged).iterrows()]
+
+
+def _sentence(row: pd.Series) -> str:
+    outcomes = ", ".join(f"{name} in {row[name]}" for name in ("holds", "contradicted", "undecided") if row[name])
+    spread = f"{row['least']:+.3f} to {row['largest']:+.3f}, median {row['median']:+.3f}"
+    parts = [
+        f"{row['cells']} cell{'s' if row['cells'] > 1 else ''}: {outcomes}",
+        f"difference {row['median']:+.3f}" if row["cells"] == 1 else f"differences {spread}",
+        f"{row['detectable']:.3f} could have been shown",
+    ]
+    if row["expected"] == "equivalent" and pd.isna(row["margin"]):
+        parts.append("no margin is fixed, so equivalence cannot be shown")
+    if not row["seeds"]:
+        parts.append("the chance of training is not in it")
+    return f"**{row['says'][0].upper()}{row['says'][1:]}** ({row['source']}): {'; '.join(parts)}."
+
+
+def readings_markdown(means: pd.DataFrame, caption: str) -> str:
+    """Every reading of the maps as a Markdown table: a row a run or control, a column a score.
+
+    `means` : of `comparison.record_means`, with the scores in the order of the columns.
+    """
+    keys, scores = ["task", "backbone", "loss"], list(dict.fromkeys(means["metric"]))
+    values = means.set_index([*keys, "metric"])["value"]
+    runs = means[keys].drop_duplicates().itertuples(index=False, name=None)
+    lines = [[*map(display, run), *(number_text(values[(*run, score)], 3) for score in scores)] for run in runs]
+    return markdown([["Task", "Classifier", "Loss", *map(display, scores)], *lines], caption, n_labels=3)

@@ -1,0 +1,112 @@
+"""The plan that is in the repository, and what is made of one."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from lib.params import ParameterError
+from lib.plan import PATH, claimed, judge, load_plan, null_margins, record_claims
+
+
+def effects(*rows):
+    return pd.DataFrame(rows, columns=["claim", "point", "se", "df"]).assign(loss="wbce")
+
+
+def written(tmp_path, **changes):
+    plan = yaml.safe_load(PATH.read_text()) | changes
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    return load_plan(tmp_path / "plan.yaml")
+
+
+def test_the_plan_of_the_repository_is_whole():
+    plan = load_plan()
+    assert plan.written.year >= 2026 and len(plan.digest) == 12
+    assert {"khakzar_1", "khakzar_2", "khakzar_3", "khakzar_4", "nam_lee", "li", "prior_shift", "trunk"} <= {
+        claim.family for claim in plan.claims.values()
+    }
+    # Two claims about one metric and one comparison would be one claim counted twice.
+    keys = [(claim.metric, claim.against) for claim in plan.claims.values()]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_claim_that_was_not_written_down_is_refused():
+    with pytest.raises(ParameterError, match="has no claim gamma_up: a claim is written there before the runs"):
+        judge(load_plan(), "nih_part", effects(("gamma_up", 0.1, 0.01, 10), ("iobb_up", 0.1, 0.01, 10)))
+
+
+def test_outcomes_follow_from_what_was_expected(tmp_path):
+    plan = written(tmp_path, margins={"auroc": 0.02, "iobb": 0.02})
+    rows = [
+        ("iobb_up", 0.5, 0.01, 50, "different", "holds"),
+        ("auroc_alike", 0.001, 0.001, 50, "equivalent", "holds"),
+        ("probability_up", -0.5, 0.01, 50, "different", "contradicted"),
+        ("ior_down", 0.001, 0.1, 50, "undecided", "undecided"),
+        ("shift_gives_iobb", 0.5, 0.01, 50, "different", "contradicted"),
+        ("trunk_iobb", 0.01, 0.2, 50, "undecided", "undecided"),
+    ]
+    found = judge(plan, plan.study, effects(*(row[:4] for row in rows)))
+    assert list(found["verdict"]) == [row[4] for row in rows] and list(found["outcome"]) == [row[5] for row in rows]
+    assert found.loc[0, "source"] == "Khakzar et al. 3" and found.loc[0, "margin"] == 0.02
+
+
+def test_a_difference_that_was_expected_and_is_none_contradicts(tmp_path):
+    plan = written(tmp_path, margins={"iobb": 0.02})
+    assert judge(plan, plan.study, effects(("iobb_up", 0.001, 0.001, 50)))["outcome"].item() == "contradicted"
+
+
+def test_margins_belong_to_the_study_of_the_plan(tmp_path):
+    plan = written(tmp_path, margins={"auroc": 0.02})
+    assert plan.margin(plan.study, "auroc") == 0.02
+    assert np.isnan(plan.margin("demo", "auroc")) and np.isnan(plan.margin(plan.study, "iobb"))
+    assert judge(plan, "demo", effects(("auroc_alike", 0, 1e-6, 50)))["verdict"].item() == "undecided"
+
+
+def test_margins_from_the_null():
+    null = pd.DataFrame({"metric": ["auroc", "iobb", "auroc"], "difference": [0.03, -0.1, -0.01]})
+    assert null_margins(null) == pytest.approx({"auroc": 2 * np.sqrt((0.03**2 + 0.01**2) / 2), "iobb": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"margins": {"auroc": 0}}, "margins.auroc"),
+        ({"claims": {"x": {"says": "y"}}}, "claims.x.source"),
+        ({"written": "soon"}, "written"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_by_its_key(tmp_path, change, key):
+    with pytest.raises(ParameterError, match=f"plan.yaml: {key}: "):
+        written(tmp_path, **change)
+
+
+def test_a_file_that_is_no_plan(tmp_path):
+    for text in ("- a\n- b\n", "a: [", ""):
+        (tmp_path / "plan.yaml").write_text(text)
+        with pytest.raises(ParameterError, match="plan.yaml: not a plan in yaml"):
+            load_plan(tmp_path / "plan.yaml")
+    with pytest.raises(ParameterError, match="no such file"):
+        load_plan(tmp_path / "none.yaml")
+
+
+def test_effects_find_their_claims_by_metric_and_opponent():
+    plan = load_plan()
+    found = pd.DataFrame({"metric": ["iobb", "auroc", "nothing"], "point": [1.0, 2.0, 3.0]})
+    assert claimed(plan, found, "bce")[["claim", "point"]].values.tolist() == [["iobb_up", 1.0], ["auroc_alike", 2.0]]
+    assert claimed(plan, found, "shifted_bce")["claim"].tolist() == ["shift_gives_iobb"]
+    assert "metric" not in claimed(plan, found, "bce")
+
+
+def test_claims_about_records_are_those_that_the_records_have():
+    rng = np.random.default_rng(0)
+    records = pd.concat(
+        pd.DataFrame({"image": list("abcdef"), "patient": list("aabbcc"), "unique": rng.random(6)}).assign(
+            task="binary", backbone="resnet50", loss=loss, seed=0
+        )
+        for loss in ("untrained", "bce")
+    )
+    found = record_claims(load_plan(), records, "untrained", ["image"], n_replicates=20)
+    assert found["claim"].tolist() == ["concepts_not_untrained"] and found["loss"].tolist() == ["bce"]
+    judged = judge(load_plan(), "demo", found)
+    assert judged["outcome"].item() in ("holds", "contradicted", "undecided") and judged["metric"].item() == "unique"
