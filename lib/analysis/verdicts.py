@@ -8,7 +8,8 @@ another seed ends elsewhere. Its variance is the sum of both,
 with V the bootstrap variance over patients of the difference of the means over seeds (the same patients in both arms),
 and s^2 the variance between seeds, pooled over the runs of one task and backbone. Seeds are not resampled: of S seeds
 a bootstrap sees (S - 1) / S of their variance, half of it where there are two, and knows nothing of its own
-uncertainty. Here that enters by the degrees of freedom (Satterthwaite), and the interval is symmetric about the point,
+uncertainty. Here that enters by the degrees of freedom (Satterthwaite's; where those of s^2 are fewer than 4, these
+themselves), and the interval is symmetric about the point,
 ``point +- t se``: percentile intervals of averages over rare classes are pulled aside.
 """
 
@@ -23,6 +24,9 @@ from scipy.stats import t as student
 from lib.analysis.statistics import CONFIDENCE
 
 POWER = 0.8
+# With fewer degrees of freedom the variance between seeds is often far too small by chance, and Satterthwaite's rule
+# then takes it for known: in simulations of no effect 10 to 18 % of families had a false claim, with 4 at most 6 %.
+FEW = 4
 VERDICTS = ("different", "equivalent", "undecided")
 
 
@@ -112,6 +116,8 @@ def effect(
     total = sum(part for part, _ in parts)
     # Satterthwaite 1946. Arms that are equal to the bit have no variance at all: nothing is left to chance.
     freedom = total**2 / sum(part**2 / df for part, df in parts) if total else np.inf
+    if 0 < df < FEW:
+        freedom = min(freedom, df)
     se = float(np.sqrt(total))
     reach = student.ppf((1 + CONFIDENCE) / 2, freedom)
     detectable = (reach + student.ppf(POWER, freedom)) * se

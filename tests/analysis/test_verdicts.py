@@ -24,15 +24,22 @@ def test_variance_between_seeds_is_pooled_over_runs_that_have_several():
 
 def test_an_effect_adds_both_variances_and_their_freedom():
     drawn = np.array([0.1, 0.2, np.nan, 0.4, 0.25])
-    found = effect(0.4, drawn, n_patients=40, seeds=(2, 1), between=(0.01, 3))
+    found = effect(0.4, drawn, n_patients=40, seeds=(2, 1), between=(0.01, 4))
     patients = np.var([0.1, 0.2, 0.4, 0.25], ddof=1)
     seeds = 0.01 * (1 / 2 + 1)
-    df = (patients + seeds) ** 2 / (patients**2 / 39 + seeds**2 / 3)
+    df = (patients + seeds) ** 2 / (patients**2 / 39 + seeds**2 / 4)
     se = math.sqrt(patients + seeds)
     assert found.point == pytest.approx(0.4) and found.se == pytest.approx(se) and found.df == pytest.approx(df)
     reach = stats.t(df).ppf(0.975) * se
     assert (found.low, found.high) == pytest.approx((0.4 - reach, 0.4 + reach))
     assert found.detectable == pytest.approx(reach + stats.t(df).ppf(0.8) * se) and found.seeds
+
+
+@pytest.mark.parametrize("df", [1, 2, 3])
+def test_few_seeds_are_not_taken_for_a_known_variance(df):
+    """However small they happen to differ: Satterthwaite's rule would give nearly n_patients degrees of freedom."""
+    found = effect(0.4, [0.1, 0.2, 0.4, 0.25], n_patients=40, seeds=(2, 1), between=(1e-9, df))
+    assert found.df == df
 
 
 def test_one_seed_says_that_the_chance_of_training_is_not_in_it():
@@ -139,7 +146,7 @@ def rates(shifts, margin, *, rounds, seeds=(2, 2, 2, 2), n_patients=80, between=
     return different / rounds, equivalent / rounds, np.mean(held)
 
 
-@pytest.mark.parametrize("seeds", [(2, 2, 2, 2), (3, 1, 1, 1)])
+@pytest.mark.parametrize("seeds", [(2, 2, 2, 2), (3, 1, 1, 1), (2, 1, 1, 1)])
 def test_false_claims_of_a_family_are_rare_and_intervals_hold_the_truth(seeds):
     different, _, held = rates((0, 0, 0, 0), np.nan, rounds=120, seeds=seeds)
     assert different <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 120) and held >= 0.93
