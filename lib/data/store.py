@@ -34,7 +34,7 @@ VERSION = 1  # of the pixels: raise it whenever the same film would be stored di
 _CHUNK = 32  # films a worker decodes per task
 _CHECKPOINT_SECONDS = 15.0
 _SPARE_BYTES = 64 * 2**20
-_CHECKED_BYTES = 64 * 2**20  # of the pixels are held against their digests whenever a store is opened
+_CHECKED_BYTES = 16 * 2**20  # of the pixels are held against their digests whenever a store is opened
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROGRESS = np.dtype([("signature", np.uint64), ("digest", np.uint64), ("done", bool)])
 
@@ -136,7 +136,7 @@ def open_store(
     source. A killed build resumes: films decoded before are kept unless their file changed.
     One process builds; others that open the same folder meanwhile wait and reuse.
 
-    A finished store is checked before it is used: all of its pixels up to 64 MiB, of larger ones that much in films
+    A finished store is checked before it is used: all of its pixels up to 16 MiB, of larger ones that much in films
     spread over the store; `Store.verify` checks all. A store without digests, of an older version, is built again.
 
     Pixels: colour and transparency are dropped (grey by ITU-R 601; alpha ignored), 16-bit films are scaled by their
