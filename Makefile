@@ -38,7 +38,7 @@ $(VENV)/.complete: requirements.lock pyproject.toml
 
 # What JupyterLab writes besides outputs: the language as this very kernel tells it.
 LANGUAGE = codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version
-STRIP = "$(VENV)/bin/python" -m nbstripout --keep-id --extra-keys "$(LANGUAGE:%=metadata.language_info.%)"
+STRIP = "$(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin/python" -m nbstripout --keep-id --extra-keys "$(LANGUAGE:%=metadata.language_info.%)"
 
 demo: override STUDY := demo
 demo: study

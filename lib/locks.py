@@ -37,6 +37,11 @@ def _lock(path: str | Path, wait: bool) -> int | None:
             return None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            os.close(file)
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+                raise OSError(error.errno, "its file system keeps no locks: mount it with them", str(path)) from error
+            raise
         except BaseException:
             os.close(file)
             raise
@@ -115,7 +120,10 @@ def whole(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    file = _lock(temporary, wait=True)
+    file = _lock(temporary, wait=False)
+    if file is None:
+        print(f"waiting for another process that writes {path}", flush=True)
+        file = _lock(temporary, wait=True)
     try:
         try:
             yield temporary

@@ -197,8 +197,11 @@ def _trunk(backbone: str, pretrained: bool) -> tuple[nn.Module, int]:
             f"Delete a damaged copy in {torch.hub.get_dir()}/checkpoints, or download them elsewhere and set init to "
             "that local file (.pth or .safetensors), or set init: scratch to train from random weights"
         ) from error
-    with torch.no_grad():
-        maps = network.eval()(torch.zeros(1, 3, 224, 224))
+    try:
+        with torch.no_grad():
+            maps = network.eval()(torch.zeros(1, 3, 224, 224))
+    except Exception as error:  # of the network: what films it takes
+        raise ModelError(f"backbone {backbone!r} takes no films of 224 px ({error}): choose another") from error
     # Windowed transformers put the channels last.
     if maps.ndim != 4 or getattr(network, "output_fmt", "NCHW") != "NCHW":
         raise ModelError(

@@ -14,7 +14,8 @@ import torch
 
 from lib.data.store import verify_folder
 from lib.models import build_model, load_chexnet
-from lib.params import ParameterError, Study, load_study
+from lib.params import ParameterError, Run, Study, load_study
+from lib.records import RecordError, read_json
 from lib.runs import REFUSALS, require_files
 from lib.state import verify_weights
 
@@ -85,20 +86,30 @@ def check_results(study: Study) -> Iterator[tuple[str, bool]]:
     good : bool
         Whether nothing is wrong with it; what is not there yet is good.
     """
-    folder, size = study.store_folder, study.store_size
-    things = {folder / "store.json": (f"films of {size} px", lambda: verify_folder(folder, size))}
-    for run in study.every_run:
-        for one in (run, run.pretext) if run.init == "phantom" else (run,):
-            what = f"weights of {one.name} seed {one.seed}, study {one.study}"
-            things[one.run_folder / "run.json"] = what, lambda one=one: verify_weights(one)
-    for path, (what, verify) in things.items():
+    every = [one for run in study.every_run for one in ((run, run.pretext) if run.init == "phantom" else (run,))]
+    things = {}
+    for one in (study, *every):
+        folder, size = one.store_folder, one.store_size
+        what = f"films of {size} px" + (f", study {one.study}" if one.study != study.study else "")
+        things[folder] = what, os.path.lexists(folder), verify_folder, (folder, size)
+    for run in every:
+        what = f"weights of {run.name} seed {run.seed}, study {run.study}"
+        things[run.run_folder] = what, _is_trained(run), verify_weights, (run,)
+    for what, there, verify, arguments in things.values():
         try:
-            there = os.path.lexists(path)
             if there:
-                verify()
+                verify(*arguments)
             yield f"{what}: {'no fault found' if there else 'not there yet'}", True
         except REFUSALS as error:
             yield f"{what}: {error}", False
+
+
+def _is_trained(run: Run) -> bool:
+    """Whether training has come to its end; where the record cannot be read `verify_weights` says so."""
+    try:
+        return read_json(run.run_folder / "run.json").get("status") != "running"
+    except RecordError:
+        return os.path.lexists(run.run_folder / "run.json")
 
 
 def main(names: list[str]) -> None:

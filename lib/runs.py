@@ -168,14 +168,14 @@ def _is_pretext(parameters):
 def _refuse_code(cells):
     """papermill pastes the keys of a parameter file into a cell as they are, so a key may be code. By now it has run:
     all that can be done is to say so."""
-    plain = (ast.Assign, ast.Name, ast.Constant, ast.List, ast.Dict, ast.UnaryOp)
-    injected = [ast.parse(cell) for cell in cells if cell.startswith("# Parameters\n")]
+    plain = (ast.Assign, ast.AnnAssign, ast.Name, ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.UnaryOp, ast.BinOp)
+    injected = [ast.parse(cell) for cell in cells if cell.startswith("# Parameters\n")][-1:]
     for node in (node for cell in injected for node in ast.walk(cell) if isinstance(node, (ast.stmt, ast.expr))):
         number = isinstance(node, ast.Call) and ast.unparse(node.func) == "float"  # float('nan')
         if not isinstance(node, plain) and not number:
             raise ParameterError(
                 f"papermill was given parameters that hold code, and it has run: {shown(ast.unparse(node))}. Read the "
-                "parameter file before anything else"
+                "parameter file before anything else, and restart the kernel"
             )
 
 

@@ -111,6 +111,16 @@ def test_who_may_not_write_can_take_a_lock_that_is_there(tmp_path, monkeypatch, 
         try_lock(tmp_path / "none")
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match=r"its file system keeps no locks: mount it with them: .*table\.csv"):
+        try_lock(tmp_path / "table.csv")
+
+
 def test_only_a_file_can_be_locked(tmp_path):
     (tmp_path / "victim").write_bytes(b"mine")
     for name, make in {

@@ -174,6 +174,13 @@ def forge(run):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"size": 1}))
 
 
+def test_a_run_that_still_trains_is_no_fault(finished, capsys):
+    path = finished.run_folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    main(["mine"])
+    assert capsys.readouterr().out.splitlines()[1].endswith(": not there yet")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -182,12 +189,13 @@ def forge(run):
         (forge, "store/37px is not as it was built"),
         (lambda run: (run.store_folder / "images.npy").unlink(), "store/37px is not as it was built"),
         (lambda run: (run.store_folder / "store.json").write_text(""), "store/37px is not as it was built"),
+        (lambda run: (run.store_folder / "store.json").unlink(), "store/37px is not as it was built"),
         (damage_weights, "seed0/model_last.safetensors is not the file that training wrote"),
         (lambda run: damage_weights(run, "model.safetensors"), "seed0/model.safetensors is not the file that training"),
         (lambda run: (run.run_folder / "model_last.safetensors").unlink(), "seed0/model_last.safetensors"),
         (lambda run: (run.run_folder / "run.json").write_text("[]"), "seed0/run.json"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_was_damaged_since_is_said(finished, capsys, damage, said):
     damage(finished)

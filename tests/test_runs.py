@@ -10,7 +10,7 @@ from papermill.translators import PythonTranslator
 from safetensors.torch import save_file
 
 from lib import params, records
-from lib.data.release import CLASSES
+from lib.data.release import CLASSES, ReleaseError
 from lib.models import ModelError, build_model
 from lib.params import ROOT, ParameterError, Run, Study, load
 from lib.runs import OpenStudy, Subject, open_run, open_study
@@ -254,13 +254,16 @@ def test_code_among_the_parameters_is_said(study):
     given = {"study": study("mine"), "epochs": 3}
     plain = "# Parameters\nepochs = 3\nseeds = [1, -2]\nnote = {'a': None}\nlearning_rate = float('nan')\n"
     assert open_run(given | {"In": ["", "import this; print(this)", plain]}, trained=False).run.epochs == 3
+    edited = "# Parameters\nepochs = 3 * 1\nlearning_rate: float = 1e-4 * 2\nseeds = (1, 2)\n"  # by hand, in JupyterLab
+    old = "# Parameters\nepochs = print(3)\n"  # of a cell that has been mended since
+    assert open_run(given | {"In": ["", old, edited]}, trained=False).run.epochs == 3
     for key, code in (
         ("epochs = 3\nimport os; seed", "import os"),
         ("epochs = 3; print(1); seed", "print(1)"),
         ("epochs = __import__('os').getpid(); seed", "__import__"),
         ("epochs = [one for one in (1,)][0]; seed", "[one for one in"),
         ("study.real", "study.real"),
-        ("epochs: print(1)", "epochs: print(1) = 0"),
+        ("epochs: print(1)", "print(1)"),
     ):
         pasted = PythonTranslator.codify({"study": "mine", key: 0})
         with pytest.raises(ParameterError, match="hold code, and it has run.*Read the parameter file") as error:
@@ -322,3 +325,13 @@ def test_lists_of_chexnet_that_are_not_there(study, tmp_path):
         for path in (tmp_path / "nowhere", tmp_path, "x" * 300):
             with pytest.raises(ModelError, match=f"^{key}: there is no file /"):
                 open_run(given | {key: str(path)}, chexnet=True)
+
+
+@pytest.mark.parametrize("release", ["phantom", "digits"])
+def test_films_that_cannot_be_written_are_refused_in_a_sentence(tmp_path, monkeypatch, release):
+    """What the study makes itself; there is no make before a notebook that is run by hand."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OUTPUTS", str(tmp_path / "file"))
+    opened = OpenStudy(Study.build({"study": "mine", "release": release, "phantom_films": 60}))
+    with pytest.raises(ReleaseError, match=r"file/mine/release cannot be written \(.*choose another folder"):
+        opened.films  # noqa: B018

@@ -123,16 +123,12 @@ def open_data(study) -> "tuple[Release, Store]":
 
     from lib.data.release import problem_frame
     from lib.data.store import open_store
-    from lib.locks import exclusive
 
     if study.release not in RELEASES:
         raise ValueError(f"release is {study.release!r}; it must be one of {', '.join(map(repr, RELEASES))}")
     source, choice = RELEASES[study.release], "skip" if study.skip_bad_films else "error"
     if source.write:
-        study.folder.mkdir(parents=True, exist_ok=True)
-        waiting = f"waiting for another process that writes {study.release_folder}"
-        with exclusive(study.folder / ".release.lock", waiting):
-            source.write(study)
+        source.write(study)
     release = source.read(study, validation_fraction=study.validation_fraction, seed=0, on_missing=choice)
     store = open_store(release, study.store_folder, study.store_size, on_unreadable=choice)
     if store.unreadable:

@@ -132,7 +132,7 @@ def read_entries(path: Path, problems: list) -> pd.DataFrame:
         fault = fault or patient_fault or label_fault
         if not fault and not follow_up:
             fault = f"Follow-up # {row['follow_up']!r} of {image} is not a number (0, 1, 2, ...)"
-        other, first = spellings.setdefault(_patient_key(patient), (patient, number))
+        other, first = spellings.setdefault(reading.spelling(patient), (patient, number))
         if not fault and other != patient:
             fault = f"Patient ID {patient!a} of {image} and {other!a} in row {first} are one in two spellings"
         if fault:
@@ -168,21 +168,16 @@ def _parse_patient(text: str, image: str) -> tuple[str, str | None]:
         return text, f"{image} has no Patient ID" + (f" ({text!r})" if text else "")
     if match := re.fullmatch(r"0*([0-9]+)(\.0)?", text):
         text = match[1]
-    elif re.fullmatch(r"[-+]?(inf(inity)?|\d*[.,]?\d*(e[-+]\d+)?)", unicodedata.normalize("NFKC", text), re.I):
+    # What programs make of a whole number; 1.10 or -10 may be a name.
+    elif re.fullmatch(
+        r"[-+]?inf(inity)?|\+?\d+([.,]0*)?|\d*[.,]?\d*e[-+]\d+", unicodedata.normalize("NFKC", text), re.I
+    ):
         return text, f"Patient ID {text!r} of {image} is a number, but not written with the digits 0 to 9 alone"
     elif not text.isprintable():
         return text, f"Patient ID {text!r} of {image} has a character that cannot be seen"
     if (named := _NIH_NAME.fullmatch(image)) and text != str(int(named[1])):
         return text, f"Patient ID {text!r} of {image} is not the {int(named[1])} that its name says"
     return text, None
-
-
-def _patient_key(patient: str) -> str:
-    """The same for ids that are spellings of one, see `reading.spelling`; '1e2' is 100, as far as it can be written."""
-    key = reading.spelling(patient)
-    if match := re.fullmatch(r"([0-9]{1,15})e([0-9]{1,2})", key):
-        key = str(int(match[1]) * 10 ** int(match[2]))
-    return key
 
 
 def _name_fault(name: str) -> str | None:

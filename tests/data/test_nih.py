@@ -530,10 +530,7 @@ def test_a_number_in_another_spelling_is_the_same_patient(tmp_path, other):
     assert release.films["patient"].tolist() == ["1", "1", *[f"P{i // 2}" for i in range(2, 20)]]
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("P1", "p1"), ("\u00e91", "e\u03011"), ("A1", "\uff211"), ("12", "12e0"), ("120", "12e1"), ("120e1", "12E2")],
-)
+@pytest.mark.parametrize(("one", "other"), [("P1", "p1"), ("\u00e91", "e\u03011"), ("A1", "\uff211"), ("12e0", "12E0")])
 def test_one_patient_in_two_spellings_is_refused(tmp_path, one, other):
     message = f"row 18: Patient ID {other!a} of film16.png and {one!a} in row 2 are one in two spellings"
     with pytest.raises(ReleaseError, match=re.escape(message)):
@@ -541,8 +538,7 @@ def test_one_patient_in_two_spellings_is_refused(tmp_path, one, other):
 
 
 @pytest.mark.parametrize(
-    "patient",
-    ["\u00b2", "\uff11", "\u0663", "+1", "-1", "1.5", "1.00", "1,0", ".5", "1e+2", "1.2E+02", "inf", "-Infinity"],
+    "patient", ["\u00b2", "\uff11", "\u0663", "+1", "1.00", "1,0", "1e+2", "1.2E+02", "inf", "-Infinity"]
 )
 def test_a_number_as_patient_is_written_in_plain_digits(tmp_path, patient):
     message = f"row 2: Patient ID {patient!r} of film00.png is a number, but not written with the digits 0 to 9 alone"
