@@ -6,7 +6,7 @@ import sys
 
 sys.path.insert(0, workflow.basedir)
 from lib.data import RELEASES
-from lib.params import ParameterError, load_study
+from lib.params import LENSES as LENS_KEYS, ParameterError, load_study
 from lib.workflow import check_releases, hold_outputs, jobs_of, told
 
 try:
@@ -45,7 +45,7 @@ def given(wildcards):
     """For papermill: a study's file, a run's, and what the command line says of the main study."""
     words, own = ["-f", f"params/studies/{wildcards.study}.yaml"], said if wildcards.study == main.study else {}
     words += ["-p", "data_root", main.data_root] if "data_root" in own else []
-    for key in ("runs", "attribution", "features") if "runs" in own else ():
+    for key in ("runs", *LENS_KEYS) if "runs" in own else ():
         words += ["-y", f"{key}: [{', '.join(getattr(main, key))}]"]
     if "run" in wildcards.keys():
         words += ["-f", f"params/runs/{wildcards.run}.yaml", "-p", "seed", wildcards.seed]
@@ -65,12 +65,11 @@ def chexnet_files(wildcards):
 
 def initial_weights(wildcards):
     run = STUDIES[wildcards.study].run(wildcards.run)
-    pretext = f"{PRETEXT}/run.json".format(size=run.image_size, backbone=run.backbone)
-    return pretext if run.init == "phantom" else []
+    return f"{PRETEXT}/run.json".format(size=run.image_size, backbone=run.backbone) if run.init == "phantom" else []
 
 
 def siblings(wildcards):
-    """Models that differ from a run in the loss alone: 07 compares them."""
+    """Models that differ from a run in the loss alone: 07 and 09 compare them."""
     runs = STUDIES[wildcards.study].run(wildcards.run, wildcards.seed).siblings
     return [f"{RUN}/run.json".format(study=run.study, run=run.name, seed=run.seed) for run in runs]
 
@@ -176,7 +175,7 @@ use rule notebook as figures with:
 
 use rule notebook as attribution with:
     input: **notebook_of_run("06_attribution")
-    output: f"{RUN}/attribution.parquet"
+    output: multiext(f"{RUN}/", "attribution.parquet", "place.parquet", "place_untrained.parquet")
     log: f"{RUN}/06_attribution.ipynb"
     params: given=lambda wildcards: given(wildcards) + " -p chexnet ''"
 
@@ -190,9 +189,12 @@ use rule notebook as features with:
     output: f"{RUN}/importance.parquet"
     log: f"{RUN}/07_feature_analysis.ipynb"
 
+use rule notebook as trunk_and_head with:
+    input: siblings, **notebook_of_run("09_trunk_and_head")
+    output: multiext(f"{RUN}/", "trunk_head.parquet", "trunk_head_parts.csv", "prior_shift.parquet")
+    log: f"{RUN}/09_trunk_and_head.ipynb"
+
 use rule notebook as intention with:
-    input:
-        lambda wildcards: of_runs(wildcards.study, "run.json"), chexnet_files,
-        **notebook_of_study("08_intention")
+    input: lambda wildcards: of_runs(wildcards.study, "run.json"), chexnet_files, **notebook_of_study("08_intention")
     output: f"{OUT}/tables/intention.csv"
     log: f"{OUT}/08_intention.ipynb"

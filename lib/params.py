@@ -183,6 +183,10 @@ class Analysis(_Keys):
     )
 
 
+# Keys of a study that name some of its runs, for a lens that not every run is looked at with.
+LENSES = ("attribution", "features", "trunk_and_head")
+
+
 class Study(Analysis, Loss, Training, Data):
     """Parameters that all runs of a study share. Field descriptions are the documentation of each key."""
 
@@ -199,6 +203,7 @@ class Study(Analysis, Loss, Training, Data):
     comparison: bool = Field(True, description="whether 02 to 05 compare the runs, as Khakzar et al. do")
     attribution: list[Name] = Field([], description="runs that 06 explains by relevance")
     features: list[Name] = Field([], description="runs whose features 07 analyses")
+    trunk_and_head: list[Name] = Field([], description="BCE runs; 09 asks where the other losses change them")
     companions: list[Name] = Field([], description="other studies that are made along with this one")
 
     @model_validator(mode="before")
@@ -208,7 +213,7 @@ class Study(Analysis, Loss, Training, Data):
         source = RELEASES.get(release) if isinstance(release, str) else None
         return {**values, "init": source.init} if values.get("init") is None and source else values
 
-    @field_validator("runs", "attribution", "features")
+    @field_validator("runs", *LENSES)
     @classmethod
     def _known_runs(cls, runs):
         for name in runs:
@@ -217,7 +222,7 @@ class Study(Analysis, Loss, Training, Data):
                 raise ValueError(f"no file params/runs/{name}.yaml{nearest(name, known)}")
         return runs
 
-    @field_validator("runs", "seeds", "baseline_seeds", "attribution", "features", "companions")
+    @field_validator("runs", "seeds", "baseline_seeds", *LENSES, "companions")
     @classmethod
     def _each_once(cls, values):
         if len(set(values)) < len(values):
@@ -247,9 +252,11 @@ class Study(Analysis, Loss, Training, Data):
             raise ValueError(
                 "augmentation: imba transposes and turns films, so flip: false cannot be kept; use augmentation: paper"
             )
+        if other := [name for name in self.trunk_and_head if not name.endswith("-bce")]:
+            raise ValueError(f"trunk_and_head names {other[0]}; it names BCE runs, against which 09 sets the others")
         if both := set(self.seeds) & set(self.baseline_seeds):
             raise ValueError(f"baseline_seeds names {min(both)}, which is one of seeds already")
-        for key in ("attribution", "features"):
+        for key in LENSES:
             if foreign := [name for name in getattr(self, key) if name not in self.runs]:
                 raise ValueError(f"{key} names {foreign[0]}, which is none of the study's runs")
         if self.study in self.companions:
@@ -550,7 +557,7 @@ def overlaid(said: dict, given: dict) -> dict:
     """What is `given` on top of what a file says; where fewer runs are given, fewer are left to look at."""
     if not isinstance(given.get("runs"), (list, tuple)):  # absent, or refused later
         return {**said, **given}
-    lists = {key: said[key] for key in ("attribution", "features") if isinstance(said.get(key), list)}
+    lists = {key: said[key] for key in LENSES if isinstance(said.get(key), list)}
     fewer = {key: [run for run in runs if run in given["runs"]] for key, runs in lists.items()}
     return {**said, **fewer, **given}
 

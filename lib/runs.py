@@ -351,10 +351,17 @@ class Subject:
 
     @cached_property
     def untrained(self) -> "Subject":
-        """The same network with weights as they are drawn, before any training, pretraining included: a control."""
-        other = Subject(self.run, self.data)
-        other.model = build_model(self.run.backbone, self.run.n_outputs, seed=self.run.seed).to(self.device).eval()
+        """The same network with weights as they are drawn, before any training, pretraining included: a control.
+
+        From another seed than the run's: the very weights that a run started from are still seen in its own.
+        """
+        other = type(self)(self.run, self.data)
+        other.model = build_model(*self._architecture, seed=self.run.seed + 2**31).to(self.device).eval()
         return other
+
+    @property
+    def _architecture(self):
+        return self.run.backbone, self.run.n_outputs
 
     @cached_property
     def layer(self) -> str:
@@ -435,6 +442,8 @@ class CheXNet(Subject):
         self.name, self.task, self.folder = "CheXNet", "multilabel", data.beside(run.folder / "chexnet")
         self.layer = layers("densenet121")[0]
 
+    _architecture = "densenet121", len(CHEXNET_CLASSES)
+
     @cached_property
     def model(self) -> Classifier:
         return load_chexnet(self.run.chexnet_files["chexnet"]).to(self.device)
@@ -464,7 +473,10 @@ def _said(parameters, key):
 
 def _differences(parameters, changed):
     """What differs from the defaults, in words: what the study's file says, and what was given on top of it."""
-    named = {*Run.__annotations__, *"study runs seeds release data_root companions attribution features".split()}
+    named = {
+        *Run.__annotations__,
+        *"study runs seeds release data_root companions attribution features trunk_and_head".split(),
+    }
     default = {key: field.default for key, field in type(parameters).model_fields.items()}
     default["init"] = RELEASES[parameters.release].init
     other = {key for key in default if getattr(parameters, key) != default[key]} - named

@@ -1,6 +1,6 @@
 """What `make study` is told, by environment variables, and what must stand before Snakemake plans any work."""
 
-import glob
+import fnmatch
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib.data import RELEASES
 from lib.locks import try_lock
-from lib.params import ParameterError, Study
+from lib.params import LENSES, ParameterError, Study
 
 
 def check_name(key: str, folder: str) -> None:
@@ -29,7 +29,8 @@ def told(environ: Mapping[str, str]) -> tuple[str, dict[str, str | list[str]]]:
     ParameterError
         A folder's name that is more than that, see `check_name`.
     """
-    root, outputs = environ.get("DATA_ROOT", ""), environ.get("OUTPUTS") or "outputs"
+    # Not every shell knows a ~ within a word of make's.
+    root, outputs = os.path.expanduser(environ.get("DATA_ROOT", "")), environ.get("OUTPUTS") or "outputs"
     check_name("DATA_ROOT", root)
     check_name("OUTPUTS", outputs)
     keys = {"data_root": root and os.path.abspath(root), "runs": environ.get("RUNS", "").split()}
@@ -43,10 +44,14 @@ def jobs_of(study: Study) -> Iterator[tuple[str, str, int]]:
     compared = study.comparison * study.runs
     whole = {"data": True, "figures": compared, "intention": asked, "chexnet": study.chexnet and not asked}
     yield from ((rule, "", 0) for rule, wanted in whole.items() if wanted)
-    trained = dict.fromkeys([*compared, *(run.name for run in asked), *study.attribution, *study.features])
+    trained = dict.fromkeys(
+        [*compared, *(run.name for run in asked), *(run for key in LENSES for run in getattr(study, key))]
+    )
     each = {"train": trained, **dict.fromkeys(("metrics", "cam_alignment", "dissection"), compared)}
     yield from ((rule, run, seed) for rule, runs in each.items() for run in runs for seed in study.seeds_of(run))
-    some = {"attribution": study.attribution, "features": study.features}
+    some = {key: getattr(study, key) for key in LENSES}
+    # Where fewer runs are asked for, a BCE run may be left alone.
+    some["trunk_and_head"] = [run for run in study.trunk_and_head if len(study.run(run).siblings) > 1]
     yield from ((rule, run, seed) for rule, runs in some.items() for run in runs for seed in study.seeds)
 
 
@@ -61,8 +66,12 @@ def check_releases(studies: Iterable[Study]) -> None:
     for study in studies:
         lists, root = RELEASES[study.release].lists, study.release_folder
         check_name("data_root", str(root))
-        if lists and not glob.glob(lists[0], root_dir=root):
-            fault = f"holds no {lists[0]}" if root.is_dir() else "is not a folder"
+        try:
+            names = [name.lower() for name in os.listdir(root)] if lists else []
+        except OSError:
+            names = None
+        if lists and not fnmatch.filter(names or [], lists[0].lower()):
+            fault = "is not a folder that can be read" if names is None else f"holds no {lists[0]}"
             raise ParameterError(f"data_root of study {study.study}: {root} {fault}; name another with DATA_ROOT=")
 
 

@@ -158,8 +158,9 @@ def record_effects(
                 known = apart[~np.isnan(apart).all(axis=1)]
                 point = float(np.nanmean(known, axis=1).mean()) if len(known) == len(apart) else np.nan
                 counts = mine.shape[1], bce.shape[1]
-                found = _effect(point, drawn, patients.nunique(), counts, between)
-                rows.append((task, backbone, loss, metric, *found, *counts, patients.nunique()))
+                n_patients = patients[~np.isnan(apart).all(axis=0)].nunique()  # the others have no say
+                found = _effect(point, drawn, n_patients, counts, between)
+                rows.append((task, backbone, loss, metric, *found, *counts, n_patients))
     return pd.DataFrame(rows, columns=EFFECTS)
 
 

@@ -8,7 +8,7 @@ on, and prints it at the foot.
 # What others reach by the name of the room is imported to be there.
 # ruff: noqa: F401
 
-from lib.figures.attribution import attribution_grid, iou_by_threshold, share_dots
+from lib.figures.attribution import attribution_grid, iou_by_threshold, randomisation, share_dots
 from lib.figures.features import (
     activation_distribution,
     class_boxes,
@@ -30,3 +30,4 @@ from lib.figures.release import ages, cooccurrence, film_grid, prevalence
 from lib.figures.study import cam_grid, performance
 from lib.figures.style import loss_styles
 from lib.figures.training import class_curves, reliability, training_curves
+from lib.figures.trunk_head import change_parts

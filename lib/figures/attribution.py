@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from lib.analysis.relevance.sanity import BOUND
 from lib.figures.style import (
+    DASHED,
     GREY,
     INK,
     LIGHT_RIM,
@@ -26,6 +28,7 @@ from lib.figures.style import (
     show_film,
 )
 from lib.tables.nam_lee import METHODS, MODELS, READINGS, REGIONS
+from lib.tables.nam_lee_words import stage_name
 from lib.tables.names import ordered
 
 METHOD_STYLES = {
@@ -211,4 +214,32 @@ def share_dots(means: pd.DataFrame, *, data_label: str) -> Figure:
     order = {METHODS.get(name, name): k for k, name in enumerate(methods)}
     handles.sort(key=lambda handle: order.get(handle.get_label(), len(order)))
     legend(figure, [*handles, Line2D([], [], color=GREY, linewidth=1, label="95 % interval")])
+    return figure
+
+
+@STYLE
+def randomisation(means: pd.DataFrame, *, data_label: str) -> Figure:
+    """Maps while the network is made random from the head down, held against the trained network's: SSIM and rank
+    correlation, a panel each, by stage; with 95 % intervals.
+
+    `means` : of `relevance.sanity.likeness_means`, in the order of the stages. A method whose line stays above the
+    dashed bound draws the film, not what was learnt.
+    """
+    stages, methods = list(dict.fromkeys(means["against"])), present(METHODS, means["method"])
+    figure, handles = new_figure(2.75, data_label), []
+    for ax, (name, title) in zip(figure.subplots(1, 2), {"ssim": "SSIM", "rank": "Rank correlation"}.items()):
+        for m, method in enumerate(methods):
+            rows, style = means[means["method"] == method], METHOD_STYLES.get(method, _OTHER)
+            x = rows["against"].map(stages.index) + 0.12 * (m - (len(methods) - 1) / 2)
+            ax.vlines(x, rows[f"{name}_low"], rows[f"{name}_high"], color=style["color"], linewidth=0.9)
+            label = METHODS.get(method, method)
+            handles += ax.plot(x, rows[name], markersize=3.8, markeredgewidth=0, label=label, **style)
+        ax.axhline(0, color=INK, linewidth=0.6, zorder=1)
+        ax.set_xticks(range(len(stages)), [stage_name(stage) for stage in stages], rotation=40, ha="right")
+        ax.set(title=f"{title} with the trained network's maps", ylim=(min(0, *ax.get_ylim()), 1.03))
+        ax.set_xlabel("made random down to here, from the head on", fontsize=7.5)
+        grid(ax, "y")
+    bound = f"bound ({BOUND:g}): above it maps count as unchanged"
+    handles.append(ax.axhline(BOUND, label=bound, **DASHED))
+    legend(figure, [*handles, Line2D([], [], color=GREY, linewidth=0.9, label="95 % interval")])
     return figure

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from lib.tables.layout import range_text
-from lib.tables.li import CAMS, CHANGES, COEFFICIENTS, row_label, table_number, with_fewer_films
+from lib.tables.layout import number_text, range_text
+from lib.tables.li import CAMS, CHANGES, COEFFICIENTS, FEATURES, SCALES, row_label, table_number, with_fewer_films
 from lib.tables.names import METRICS, class_name, display
 
 
@@ -94,6 +94,53 @@ def use_sentences(
     if losses["class"].nunique() > 1:
         lines.insert(-1, f"Principal features that two classes share (Jaccard index), mean over classes: {shared}.")
     return lines
+
+
+def control_table(run: tuple[pd.DataFrame, pd.DataFrame], untrained: tuple[pd.DataFrame, pd.DataFrame]) -> pd.DataFrame:
+    """A trained network and an untrained one side by side, each as `findings.control` gives them; what only one has is
+    left out.
+
+    Returns
+    -------
+    DataFrame
+        By its name a row for each correlation of sums with the logit (of all features, by the paper's rule) and each
+        AUROC: run, run_low, run_high, untrained, untrained_low, untrained_high (95 %).
+    """
+    parts = []
+    for name, (sums, scores) in {"run": run, "untrained": untrained}.items():
+        sums = sums[sums["features"] == "all"]
+        value = np.where(sums["chosen"] == "pearson", sums["pearson"], sums["spearman"])
+        names = sums["method"].map(CAMS).fillna(sums["method"]) + ", " + sums["scale"].map(SCALES).str.lower()
+        first = sums.assign(name="correlation, " + names, value=value)[["name", "value", "ci_low", "ci_high"]]
+        names = "AUROC, " + scores["features"].map(FEATURES).str.lower() + " features"
+        second = scores.assign(name=names)[["name", "auroc", "auroc_ci_low", "auroc_ci_high"]]
+        table = pd.concat([first, second.set_axis(first.columns, axis=1)]).dropna(subset="name").set_index("name")
+        parts.append(table.set_axis([name, f"{name}_low", f"{name}_high"], axis=1))
+    return parts[0].join(parts[1], how="inner")
+
+
+def control_sentences(table: pd.DataFrame) -> list[str]:
+    """What `control_table` says, in words: which measures are higher than an untrained network's, the two intervals
+    apart, and which fail, because they would say the same of a network that has learnt nothing."""
+    told = table["run_low"] - table["untrained_high"] > 5e-4  # an identity is 1 in both networks, up to rounding
+    unknown = table[["run_low", "untrained_high"]].isna().any(axis=1)
+    groups = {
+        "Higher than in the untrained network, so they depend on what was learnt": told,
+        "These do not tell a trained network from an untrained one, so they **fail** as evidence of what was learnt": (
+            ~told & ~unknown
+        ),
+        "Without an interval, so that nothing is known": unknown,
+    }
+    out = []
+    for said, rows in groups.items():
+        cells = [
+            f"{row.Index} {number_text(row.run, 3)} (untrained {number_text(row.untrained, 3)})"
+            for row in table[rows].itertuples()
+        ]
+        out += [f"{said}: {'; '.join(cells)}."] if cells else []
+    if (~told & ~unknown).get("AUROC, all features"):
+        out.append("Its AUROC with all features is not above the untrained one's: nothing shows that it has learnt.")
+    return out
 
 
 def _raised(table: pd.DataFrame, value: str, column: str, before: str, after: str) -> tuple[int, int, float]:

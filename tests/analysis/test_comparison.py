@@ -321,6 +321,9 @@ def test_effects_of_one_seed_and_of_runs_on_other_films():
     other = pd.concat([predictions("bce"), predictions("wbce", n=58)])
     with pytest.raises(ValueError, match="multilabel-tdensenet-wbce and its BCE run were evaluated on different"):
         comparison.prediction_effects(other, n_replicates=5)
+    alone = pd.concat([concepts([1, np.nan, np.nan], "focal"), concepts([2, 2, 2], "bce")])
+    found = comparison.record_effects(alone, ["unique"], ["image"], n_replicates=50)
+    assert found["point"].item() == -1 and np.isnan(found["se"].item()) and found["n_patients"].item() == 1
     empty = pd.concat([concepts([np.nan] * 3, "focal"), concepts([2, 2, 2], "bce")])
     found = comparison.record_effects(empty, ["unique"], ["image"], n_replicates=50)
     assert found[["point", "se"]].isna().all(axis=None)

@@ -206,3 +206,22 @@ def test_share_dots_of_parts():
     assert "In heart" in drawn(figures.share_dots(frame.assign(region="heart").head(1), data_label=LABEL))
     drawn(figures.share_dots(frame.assign(ci_low=np.nan, ci_high=np.nan), data_label=LABEL))
     assert figures.share_dots(frame, data_label=LABEL).get_figwidth() == style.WIDTH
+
+
+def test_maps_of_a_network_that_is_made_random():
+    stages, methods = ["none", "head", "trunk.layer4", "trunk.0"], ["lrp", "cam"]
+    frame = pd.DataFrame([(stage, method) for stage in stages for method in methods], columns=["against", "method"])
+    rank = np.array([1, 1, 0.9, 0.2, 0.8, np.nan, 0.7, -0.3])
+    for name, value in (("ssim", rank**2), ("rank", rank)):
+        frame = frame.assign(**{name: value, f"{name}_low": value - 0.05, f"{name}_high": value + 0.05})
+    figure = figures.randomisation(frame, data_label=LABEL)
+    found = drawn(figure)
+    assert {"CAM", "LRP", "95 % interval", "trained", "head", "layer4", "trunk.0"} <= found
+    assert any(text.startswith("bound (0.5)") for text in found)
+    ssim, ranks = figure.axes
+    assert "SSIM" in ssim.get_title() and "Rank correlation" in ranks.get_title()
+    lines = {line.get_label(): line for line in ranks.lines}
+    np.testing.assert_array_equal(lines["CAM"].get_ydata(), rank[1::2])
+    np.testing.assert_array_equal(lines["LRP"].get_ydata(), rank[0::2])
+    assert lines["CAM"].get_color() == "#4d4d4d" and ranks.get_ylim()[0] < -0.3 <= 1 < ranks.get_ylim()[1]
+    assert np.abs(lines["LRP"].get_xdata() - np.arange(4)).max() < 0.3

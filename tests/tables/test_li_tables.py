@@ -493,3 +493,46 @@ def test_the_five_uses_in_words():
         "The test film least like its class is x.png (Mass, distance 0.58).",
     ]
     assert len(uses(("Unhealthy",))) == 6 and not any("share (Jaccard" in line for line in uses(("Unhealthy",)))
+
+
+def control(tanh: float, principal: float, width: float = 0.05) -> tuple[pd.DataFrame, pd.DataFrame]:
+    sums = pd.DataFrame(
+        [
+            ("grad", "all", "common_raw", 1.0, 0.9, "pearson", 0.0),
+            ("gradpp", "all", "common_tanh", 0.1, tanh, "spearman", width),
+            ("gradpp", "principal", "common_tanh", 0.5, 0.5, "spearman", width),
+        ],
+        columns=["method", "features", "scale", "pearson", "spearman", "chosen", "width"],
+    )
+    value = sums["pearson"].where(sums["chosen"] == "pearson", sums["spearman"])
+    sums = sums.assign(ci_low=value - sums["width"], ci_high=value + sums["width"])
+    scores = pd.DataFrame({"features": ["all", "principal", "own"], "auroc": [0.8, principal, 0.7]})
+    return sums, scores.assign(auroc_ci_low=scores["auroc"] - width, auroc_ci_high=scores["auroc"] + width)
+
+
+def test_an_untrained_network_beside_a_trained_one():
+    table = li_words.control_table(control(0.8, 0.75), control(0.78, 0.5))
+    names = [
+        "correlation, Grad, common scale, raw sum",
+        "correlation, Grad++, common scale, scaled values",
+        "AUROC, all features",
+        "AUROC, principal features",
+    ]
+    assert table.index.tolist() == names  # of all features; of the choices of features that both have
+    np.testing.assert_allclose(table["run"], [1, 0.8, 0.8, 0.75])
+    np.testing.assert_allclose(table["untrained_low"], [1, 0.73, 0.75, 0.45])
+    np.testing.assert_allclose(table["run_high"], [1, 0.85, 0.85, 0.8])
+    higher, failing, nothing = li_words.control_sentences(table)
+    assert higher == (
+        "Higher than in the untrained network, so they depend on what was learnt: AUROC, principal features 0.750 "
+        "(untrained 0.500)."
+    )
+    assert "they **fail** as evidence" in failing and all(name in failing for name in names[:3])
+    assert nothing.startswith("Its AUROC with all features is not above the untrained one's")
+    learnt = table.assign(untrained_high=table["untrained_high"].where(table.index != names[2], 0.6))
+    assert len(li_words.control_sentences(learnt)) == 2
+    # an identity that rounding makes a little less than 1
+    table.loc[names[0], ["untrained", "untrained_low", "untrained_high"]] -= 1e-6
+    assert names[0] in li_words.control_sentences(table)[1]
+    [unknown] = li_words.control_sentences(table.assign(untrained_high=np.nan))
+    assert unknown.startswith("Without an interval, so that nothing is known: ") and unknown.count("untrained") == 4

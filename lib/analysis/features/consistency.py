@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib.analysis.cam import normalise, resize
 from lib.analysis.features.scale import s_cam
-from lib.analysis.features.survey import View, film_cams, with_principal
+from lib.analysis.features.survey import SLOW, View, evenly, film_cams, survey, with_principal
 from lib.analysis.statistics import patient_replicates
 
 SIGNIFICANCE = 0.05
@@ -250,6 +250,28 @@ def activation_sums(
                 names = {"row": np.asarray(batch.rows), "method": method, "features": label, "scale": name}
                 parts.append(pd.DataFrame({**names, "activation": sums[scale][:, 0], "logit": logit}))
     return pd.concat(parts, ignore_index=True)
+
+
+def with_perturbation(
+    sums: pd.DataFrame,
+    view: View,
+    train_rows: np.ndarray,
+    test_rows: np.ndarray,
+    selected: int,
+    n_films: int,
+    *,
+    size: int,
+    kind: str,
+    bounds: str,
+) -> pd.DataFrame:
+    """`sums` and, below, the `activation_sums` of `survey.SLOW`, the methods that perturb the film, on `n_films` test
+    films, with a common scale from as many training films, each spread evenly, and a progress bar. 0: `sums` alone."""
+    if not n_films:
+        return sums
+    train, test = (evenly(rows, n_films) for rows in (train_rows, test_rows))
+    scales = survey(view, train, SLOW, size=size, keep=True, progress=True).scales(kind, bounds)
+    slow = activation_sums(view, test, selected, scales, size, kind=kind, progress=True)
+    return pd.concat([sums, slow], ignore_index=True)
 
 
 def consistency_table(

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from lib.analysis.cam import resize
+from lib.analysis.features.consistency import activation_sums, consistency_table
 from lib.analysis.features.importance import (
     carriers,
     film_distances,
@@ -21,8 +22,8 @@ from lib.analysis.features.importance import (
     redundancy,
     select_features,
 )
-from lib.analysis.features.masking import logits_with
-from lib.analysis.features.survey import View, film_cams, survey
+from lib.analysis.features.masking import logits_with, masked_performance, principal_and_others
+from lib.analysis.features.survey import View, evenly, film_cams, survey
 from lib.analysis.metrics import classification_metrics
 from lib.analysis.statistics import patient_replicates, percentile_interval
 
@@ -268,3 +269,76 @@ def pruning(view: View, rows: np.ndarray, importance: np.ndarray, steps: int = 1
         found = classification_metrics(logits, view.targets[rows], view.classes, rows, n_replicates=0)
         macro.append(found["auroc"].iloc[-1])
     return pd.DataFrame({"n_removed": removed, "auroc": macro})
+
+
+# ---- a control
+
+
+def control(
+    view: View,
+    model: nn.Module,
+    train_rows: np.ndarray,
+    test_rows: np.ndarray,
+    selected: int,
+    patients: pd.Series,
+    n_replicates: int,
+    *,
+    share: float,
+    size: int,
+    kind: str,
+    bounds: str,
+    exclusive: bool,
+    n_films: int = 400,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables I and II of another network, such as an untrained one, in the place of the view's own.
+
+    Parameters
+    ----------
+    view, selected, exclusive
+        As in `masking.masked_performance`.
+    model : nn.Module
+        The network; scale and principal features are its own, from `n_films` training films spread evenly.
+    train_rows, test_rows : int (N,)
+        Of the films.
+    patients : Series
+        Of each film, by row.
+    share : float
+        Of the features that are principal.
+    size, kind, bounds
+        As in `survey.survey` and `Survey.scales`.
+
+    Returns
+    -------
+    consistency : DataFrame
+        Of `consistency.consistency_table`, of Grad and Grad++ by all features.
+    performance : DataFrame
+        Of `masking.masked_performance`: all, principal and the other features, by Grad.
+    """
+    view, methods = replace(view, model=model), ["grad", "gradpp"]
+    train = survey(view, evenly(train_rows, n_films), methods, size=size)
+    sums = activation_sums(view, test_rows, selected, train.scales(kind, bounds), size, kind=kind)
+    choices = principal_and_others(select_features(train.importance["grad"].all, share), exclusive)
+    return (
+        consistency_table(sums, patients, n_replicates),
+        masked_performance(view, test_rows, choices, selected, patients[test_rows], exclusive, n_replicates),
+    )
+
+
+def confounder_in_place(
+    view: View, rows: np.ndarray, marks: ArrayLike, masks: np.ndarray, selected: int, patients: pd.Series, size: int
+) -> tuple[Confounder, float]:
+    """`confounder_test` of the place in which all marks lie, and the share of the film that it takes.
+
+    Parameters
+    ----------
+    marks, size
+        Of `marked_place`.
+    masks : 0/1 (F, C)
+        The features of each class.
+    patients : Series
+        Of each film, by row.
+    """
+    place = marked_place(marks, size)
+    sums = contributions_with_and_without(view, rows, masks, place)
+    found = confounder_test(sums, view.targets[rows], view.classes, selected, patients[rows])
+    return found, float(place.mean())

@@ -1,4 +1,5 @@
-"""CAM, LRP and RAP against boxes (Nam & Lee): IoU by threshold, and whether the films were seen in training.
+"""CAM, LRP and RAP against boxes (Nam & Lee): IoU by threshold, scores of the place that no constant and no scale can
+move, and whether the films were seen in training.
 
 All take the batches of films and a frame of pairs, film and class, such as `pairs.box_pairs` makes, and hold the maps
 of one batch at a time. Means with intervals are over patients, with the same draws for every method. A map that
@@ -6,6 +7,7 @@ of one batch at a time. Means with intervals are over patients, with the same dr
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,13 +18,22 @@ from lib.analysis import cam
 from lib.analysis.alignment import pooled_maps
 from lib.analysis.inference import stream
 from lib.analysis.localization import THRESHOLDS, positive_part, threshold_iou
+from lib.analysis.place import iou_columns, place_scores, tuned_iou
 from lib.analysis.relevance.heatmaps import conservation, heatmaps
 from lib.analysis.statistics import mean_intervals
 
 METHODS = ("cam", "lrp", "rap")
 READINGS = ("mean_iou", "iou_lesion")
 # What a table says of a map itself, and so not of one that was refused.
-_OF_MAPS = "iou_lesion iou_background mean_iou mask_area share enrichment".split()
+_OF_MAPS = "iou_lesion iou_background mean_iou mask_area share enrichment empty hit auprc hit_other auprc_other".split()
+_OF_MAPS += iou_columns()
+
+
+class Attributed(NamedTuple):
+    """What `attribute` finds: two tables of the same maps."""
+
+    iou: pd.DataFrame
+    place: pd.DataFrame
 
 
 def conservation_summary(
@@ -65,11 +76,13 @@ def attribute(
     inclusive: bool = True,
     init: str = "one",
     **rules: str,
-) -> pd.DataFrame:
-    """IoU of each pair's maps with its boxes, by method and threshold (Nam & Lee, Table 2).
+) -> Attributed:
+    """How each pair's maps lie on its boxes: IoU by method and threshold (Nam & Lee, Table 2), and the place of the
+    evidence (`analysis.place`).
 
-    The class is that of the box, whatever is predicted. LRP and RAP: the relevance of the film's pixels, negatives cut
-    to 0, divided by the maximum. CAM: negatives cut to 0, resized to the film, then divided by the maximum.
+    The class is that of the box, whatever is predicted. For IoU, LRP and RAP are the relevance of the film's pixels,
+    negatives cut to 0, divided by the maximum; CAM has its negatives cut to 0, is resized to the film, then divided by
+    the maximum. The place is read from the signed maps, CAM's at its own size.
 
     Parameters
     ----------
@@ -78,8 +91,8 @@ def attribute(
     batches : iterable
         With fields `rows` (B,) and `images` (B, Cin, S, S), on the model's device, S = `image_size`.
     pairs : DataFrame
-        row, image, patient, class, output, boxes, and optionally box: of `pairs.box_pairs`. Films that the batches do
-        not bring have no row.
+        row, image, patient, class, output, boxes, and optionally box: of `pairs.box_pairs`; optionally other, of
+        `pairs.with_other_boxes`. Films that the batches do not bring have no row.
     layer : str
         Module whose maps CAM reads.
     methods : sequence of {'cam', 'lrp', 'rap'}
@@ -95,28 +108,50 @@ def attribute(
 
     Returns
     -------
-    DataFrame
+    iou : DataFrame
         A row per pair, method and threshold, in the order of `pairs`: image, patient, class, (box,) method, threshold,
         iou_lesion, iou_background, mean_iou, empty_mask_iou, box_area, mask_area, logit, stable (False: the map was
         refused; its IoUs and mask_area are NaN); last, what they depend on: layer, cam_method, rounding, init.
+    place : DataFrame
+        A row per pair and method: the same keys, box_area, empty (1.0 where nothing of the map is above 0), hit, auprc
+        and iou_tuned of `analysis.place` (its threshold is tuned by method, over these pairs), with other boxes
+        hit_other and auprc_other, logit, stable; last the same.
 
     Raises
     ------
     ValueError
         No pairs, an unknown method, or CAM of a model without a pooled linear head.
     """
+    others = ["hit_other", "auprc_other"] if "other" in pairs else []
 
     def measure(chosen):
-        options = {"rounding": rounding, "inclusive": inclusive}
-        return lambda maps: threshold_iou(positive_part(maps), list(chosen["boxes"]), image_size, thresholds, **options)
+        boxes, options = list(chosen["boxes"]), {"rounding": rounding}
 
-    keys = ["image", "patient", *_pair_keys(pairs)[1:]]
+        def tables(maps):
+            films = positive_part(cam.resize(maps.clamp(min=0), image_size))  # relevance has the film's size already
+            ious = threshold_iou(films, boxes, image_size, thresholds, inclusive=inclusive, **options)
+            scores = place_scores(maps, boxes, image_size, **options)
+            scores["empty"] = (maps <= 0).flatten(1).all(1).double().cpu().numpy()
+            if others:
+                scores[others] = place_scores(maps, list(chosen["other"]), image_size, **options)[["hit", "auprc"]]
+            return ious.join(scores, on="pair")
+
+        return tables
+
+    keys = ["image", "patient", *_pair_keys(pairs)[1:], "method"]
     values = "threshold iou_lesion iou_background mean_iou empty_mask_iou box_area mask_area logit stable".split()
-    streamed = streamed_maps(
-        model, batches, pairs, methods, layer=layer, image_size=image_size, cam_method=cam_method, init=init, **rules
-    )
-    table = measured(streamed, measure, pairs[keys], [*keys, "method", *values])
-    return table.assign(layer=layer, cam_method=cam_method, rounding=rounding, init=init, **rules)
+    scores = ["box_area", "empty", "hit", "auprc", "iou_tuned", *others, "logit", "stable"]
+    of_cam, relevance = {"layer": layer, "cam_method": cam_method}, {"init": init, **rules}
+    options = {"image_size": image_size, "rectify": False, **of_cam, **relevance}
+    streamed = streamed_maps(model, batches, pairs, methods, **options)
+    columns = [*keys, *values, "empty", "hit", "auprc", *others, *iou_columns()]
+    table = measured(streamed, measure, pairs[keys[:-1]], columns)
+    place = table[table["threshold"] == thresholds[0]].reset_index(drop=True)
+    place["iou_tuned"] = np.nan
+    for rows in place.groupby("method").groups.values():
+        place.loc[rows, "iou_tuned"] = tuned_iou(place.loc[rows, iou_columns()], place.loc[rows, "patient"])
+    depend = {**of_cam, "rounding": rounding, **relevance}
+    return Attributed(table[[*keys, *values]].assign(**depend), place[[*keys, *scores]].assign(**depend))
 
 
 def pair_heatmaps(
@@ -133,12 +168,12 @@ def pair_heatmaps(
     Parameters
     ----------
     model, batches, pairs, image_size, methods, **options
-        As in `attribute`: layer, cam_method, init and the rules.
+        As in `attribute`: layer, cam_method, init and the rules; rectify, see `streamed_maps`.
 
     Returns
     -------
     maps : ndarray, float32 (P, K, S, S)
-        Of the P pairs by the K methods, not scaled; NaN for a map that was refused. CAM has its positive part only.
+        Of the P pairs by the K methods, not scaled; NaN for a map that was refused. CAM: see `rectify`.
     probabilities : ndarray, float64 (P,)
         Sigmoid of the logits; NaN, and maps of zeros, for films that the batches do not bring.
     """
@@ -146,7 +181,7 @@ def pair_heatmaps(
     probabilities = np.full(len(pairs), np.nan)
     for chosen, logits, maps in streamed_maps(model, batches, pairs, methods, image_size=image_size, **options):
         for order, (_, signed) in enumerate(maps):
-            found[chosen.index, order] = signed.cpu().numpy()
+            found[chosen.index, order] = cam.resize(signed, image_size).cpu().numpy()
         probabilities[chosen.index] = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
     return found, probabilities
 
@@ -158,7 +193,7 @@ def iou_means(table: pd.DataFrame, *, n_replicates: int, seed: int = 0) -> pd.Da
     Parameters
     ----------
     table : DataFrame
-        Of `attribute`: one run's.
+        Of `attribute`, its `iou`: one run's.
     n_replicates, seed : int
         Of the bootstrap over patients.
 
@@ -268,10 +303,12 @@ def streamed_maps(
     layer: str,
     image_size: int,
     cam_method: str = "cam",
+    rectify: bool = True,
     **rules: str,
 ) -> Iterator[tuple[pd.DataFrame, np.ndarray, Iterator[tuple[str, Tensor]]]]:
     """Pairs, at most as many as a batch has films, indexed by their place in `pairs`; their logits; and (method, signed
-    maps (P, S, S)) one by one. Arguments and errors as in `attribute`."""
+    maps (P, S, S)) one by one. CAM has its positive part only, or, without `rectify`, is signed and at its own size.
+    Arguments and errors as in `attribute`."""
     _require_pairs(pairs)
     if not len(methods) or not set(methods) <= set(METHODS):
         raise ValueError(f"methods are {list(methods)}; choose from {', '.join(METHODS)}")
@@ -287,7 +324,7 @@ def streamed_maps(
         for method in methods:
             if method == "cam":
                 raw = cam.pair_maps(pooled_maps(output, layer, head), head.weight, position, classes, cam_method)
-                yield method, cam.resize(raw.clamp(min=0), image_size)
+                yield method, cam.resize(raw.clamp(min=0), image_size) if rectify else raw
             else:
                 yield method, heatmaps(model, films, classes.to(films.device), method, **rules).detach()
 

@@ -15,7 +15,7 @@ from lib.analysis.features.survey import survey
 from lib.analysis.statistics import patient_replicates
 from tests.analysis.features import reference_features
 from tests.analysis.features import reference_integrated as reference
-from tests.analysis.features.small_study import CLASSES, METHODS, ROWS, TARGETS, N, close, principal, view
+from tests.analysis.features.small_study import CLASSES, METHODS, ROWS, TARGETS, N, close, principal, study, view
 from tests.toys import bare, draw
 
 
@@ -259,3 +259,18 @@ def test_maps_of_zeros_do_not_stop_the_table():
         sums = module.activation_sums(view(case, layer="trunk"), ROWS, c, scales, 4)
         table = module.consistency_table(sums, {row: str(row) for row in range(40)}, 20).set_index("scale")
         assert (table["pearson"].notna() == exists).all() and ((table["chosen"] != "") == exists).all()
+
+
+def test_methods_that_perturb_the_film_join_on_a_few_films(monkeypatch):
+    monkeypatch.setattr(module, "SLOW", ("score",))
+    case = study("pooled")
+    seen, sums = view(case), sums_of(np.arange(3.0), np.arange(3.0))
+    options = {"size": 9, "kind": "tanh", "bounds": "pixels"}
+    assert module.with_perturbation(sums, seen, ROWS, ROWS, 1, 0, **options) is sums
+    found = module.with_perturbation(sums, seen, ROWS[:5], ROWS[2:], 1, 3, **options)
+    pd.testing.assert_frame_equal(found[:3], sums)
+    slow = found[3:]
+    assert slow["method"].eq("score").all() and slow["row"].unique().tolist() == ROWS[[2, 4, 6]].tolist()
+    scales = module.survey(seen, ROWS[[0, 2, 4]], ["score"], size=9, keep=True).scales()
+    expected = module.activation_sums(seen, ROWS[[2, 4, 6]], 1, scales, 9)
+    np.testing.assert_allclose(slow["activation"], expected["activation"])

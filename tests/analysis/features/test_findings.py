@@ -1,11 +1,14 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from lib.analysis.features import findings
+from lib.analysis.features.consistency import activation_sums
 from lib.analysis.features.survey import survey
 from lib.analysis.statistics import patient_replicates
 from tests.analysis.features import reference_integrated
@@ -244,3 +247,55 @@ def test_pruning_removes_what_matters_least_first():
         np.testing.assert_allclose(auroc, expected)
     some = findings.pruning(view(case, layer="trunk", targets=labels, classes=["a", "b"]), ROWS, importance, steps=3)
     assert some["n_removed"].tolist() == [0, 2, 4]
+
+
+# ---- a control
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_the_control_is_the_other_network_in_the_place_of_the_views_own(exclusive):
+    case, _ = planted()
+    case.model.head.weight.data[:] = torch.tensor([[1.0, -2, 0.5, 3, 1], [2.0, 1, -1, 0.5, -3]])
+    other = copy.deepcopy(case.model)
+    other.head.weight.data[:] = torch.tensor([[0.3, 2, -1, 0.1, 1], [1.0, -2, 2, 3, 0.2]])
+    labels = np.zeros((40, 2), int)
+    labels[ROWS] = [[0, 1], [1, 0], [1, 0], [0, 1], [1, 0], [0, 1], [1, 0]]
+    seen = view(case, layer="trunk", targets=labels, classes=["a", "b"])
+    patients = pd.Series([f"p{row // 3}" for row in range(40)])
+    train, test = ROWS[:4], ROWS[2:]
+    options = {"share": 0.4, "size": 6, "kind": "tanh", "bounds": "pixels", "exclusive": exclusive}
+    sums, scores = findings.control(seen, other, train, test, 1, patients, 20, n_films=3, **options)
+    pooled, weights = case.films.mean((2, 3)).double().numpy(), other.head.weight.detach().double().numpy()
+    fewer = [0, 1, 3]  # three of four training films, spread evenly
+    importance = (36 * pooled[fewer, :, None] * weights.T).mean(0)
+    kept = sorted(reference_integrated.top(importance[:, 1], 0.4))  # of two exclusive classes the last one's, too
+    logit = pooled[2:][:, kept] @ weights[1, kept]
+    scores = scores.set_index("features")
+    assert scores.loc["principal", "auroc"] == pytest.approx(roc_auc_score(labels[test][:, 1], logit))
+    assert scores.loc["principal", "n_features"] == len(kept) and (scores["n"] == 5).all()
+    assert ("accuracy" in scores) == exclusive
+    whole = pooled[2:] @ weights[1]
+    assert scores.loc["all", "auroc"] == pytest.approx(roc_auc_score(labels[test][:, 1], whole))
+    assert set(sums["method"]) == {"grad", "gradpp"} and (sums["features"] == "all").all() and (sums["n"] == 5).all()
+    raw = sums.set_index(["method", "scale"]).loc[("grad", "common_raw")]
+    assert raw["pearson"] == pytest.approx(1, abs=1e-6)  # of its own logit
+    own = survey(replace(seen, model=other), ROWS[fewer], ["grad"], size=6).scales()["grad"]
+    expected = activation_sums(replace(seen, model=other), test, 1, {"grad": own}, 6)
+    scaled = expected[expected["scale"] == "common_tanh"]
+    tanh = sums.set_index(["method", "scale"]).loc[("grad", "common_tanh")]
+    assert tanh["pearson"] == pytest.approx(np.corrcoef(scaled["activation"], scaled["logit"])[0, 1], abs=1e-9)
+
+
+def test_a_confounder_in_its_place_equals_the_three_steps():
+    case, _ = planted()
+    labels = np.zeros((40, 2), int)
+    labels[ROWS] = [[0, 1], [1, 0], [1, 0], [0, 1], [1, 0], [0, 1], [1, 0]]
+    seen, patients = view(case, layer="trunk", targets=labels, classes=["a", "b"]), pd.Series(np.arange(40) // 2)
+    marks = np.zeros((N, 6, 6), bool)
+    marks[4, 0:2, 4:6] = True
+    masks = np.array([[1, 0], [1, 1], [0, 1], [1, 0], [0, 0]], bool)
+    found, area = findings.confounder_in_place(seen, ROWS, marks, masks, 0, patients, 6)
+    place = findings.marked_place(marks, 6)
+    sums = findings.contributions_with_and_without(seen, ROWS, masks, place)
+    expected = findings.confounder_test(sums, labels[ROWS], ["a", "b"], 0, patients[ROWS])
+    assert area == 4 / 36 and repr(found) == repr(expected)
