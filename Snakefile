@@ -6,7 +6,7 @@ import sys
 
 sys.path.insert(0, workflow.basedir)
 from lib.data import RELEASES
-from lib.params import LENSES as LENS_KEYS, ParameterError, load_study
+from lib.params import OF_RUNS, ParameterError, load_study
 from lib.workflow import check_releases, hold_outputs, jobs_of, told
 
 try:
@@ -45,7 +45,7 @@ def given(wildcards):
     """For papermill: a study's file, a run's, and what the command line says of the main study."""
     words, own = ["-f", f"params/studies/{wildcards.study}.yaml"], said if wildcards.study == main.study else {}
     words += ["-p", "data_root", main.data_root] if "data_root" in own else []
-    for key in ("runs", *LENS_KEYS) if "runs" in own else ():
+    for key in ("runs", *OF_RUNS) if "runs" in own else ():
         words += ["-y", f"{key}: [{', '.join(getattr(main, key))}]"]
     if "run" in wildcards.keys():
         words += ["-f", f"params/runs/{wildcards.run}.yaml", "-p", "seed", wildcards.seed]

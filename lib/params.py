@@ -185,6 +185,7 @@ class Analysis(_Keys):
 
 # Keys of a study that name some of its runs, for a lens that not every run is looked at with.
 LENSES = ("attribution", "features", "trunk_and_head")
+OF_RUNS = (*LENSES, "more_seeds")  # keys that name runs of the study
 
 
 class Study(Analysis, Loss, Training, Data):
@@ -197,8 +198,8 @@ class Study(Analysis, Loss, Training, Data):
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         [0], min_length=1, description="every run is trained once per seed"
     )
-    baseline_seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
-        [], description="further seeds of the BCE runs: what chance alone changes"
+    more_seeds: list[Annotated[str, Field(pattern=r"^[^/]+/seed(0|[1-9]\d{0,8})$")]] = Field(
+        [], description="further seeds of single runs, as their folders are called: <run>/seed<k>"
     )
     comparison: bool = Field(True, description="whether 02 to 05 compare the runs, as Khakzar et al. do")
     attribution: list[Name] = Field([], description="runs that 06 explains by relevance")
@@ -222,7 +223,7 @@ class Study(Analysis, Loss, Training, Data):
                 raise ValueError(f"no file params/runs/{name}.yaml{nearest(name, known)}")
         return runs
 
-    @field_validator("runs", "seeds", "baseline_seeds", *LENSES, "companions")
+    @field_validator("runs", "seeds", "more_seeds", *LENSES, "companions")
     @classmethod
     def _each_once(cls, values):
         if len(set(values)) < len(values):
@@ -254,10 +255,10 @@ class Study(Analysis, Loss, Training, Data):
             )
         if other := [name for name in self.trunk_and_head if not name.endswith("-bce")]:
             raise ValueError(f"trunk_and_head names {other[0]}; it names BCE runs, against which 09 sets the others")
-        if both := set(self.seeds) & set(self.baseline_seeds):
-            raise ValueError(f"baseline_seeds names {min(both)}, which is one of seeds already")
-        for key in LENSES:
-            if foreign := [name for name in getattr(self, key) if name not in self.runs]:
+        if known := [entry for entry in self.more_seeds if int(entry.rpartition("/seed")[2]) in self.seeds]:
+            raise ValueError(f"more_seeds names {known[0]}, which is one of seeds already")
+        for key in OF_RUNS:
+            if foreign := [name for name in getattr(self, key) if name.partition("/")[0] not in self.runs]:
                 raise ValueError(f"{key} names {foreign[0]}, which is none of the study's runs")
         if self.study in self.companions:
             raise ValueError(f"companions names {self.study}, which is this study itself")
@@ -329,8 +330,9 @@ class Study(Analysis, Loss, Training, Data):
         return [run for run in self.every_run if run.task == "pneumonia"]
 
     def seeds_of(self, name: str) -> list[int]:
-        """The seeds of a run: those of the study and, of a BCE run, the further ones."""
-        return [*self.seeds, *(self.baseline_seeds if name.endswith("-bce") else [])]
+        """The seeds of a run: those of the study and its own further ones."""
+        entries = [entry.rpartition("/seed") for entry in self.more_seeds]
+        return [*self.seeds, *(int(seed) for run, _, seed in entries if run == name)]
 
     def run(self, name, seed=None) -> "Run":
         """The `Run` of this study that params/runs/<name>.yaml describes; by default with the study's first seed."""
@@ -399,6 +401,7 @@ class Run(Study):
         """The study's runs of this one's task, backbone and seed, and this one: they differ in the loss alone."""
         stem = self.name.rpartition("-")[0]
         names = [name for name in dict.fromkeys([*self.runs, self.name]) if name.rpartition("-")[0] == stem]
+        names = [name for name in names if name == self.name or self.seed in self.seeds_of(name)]
         return [self if name == self.name else self.run(name, self.seed) for name in names]
 
     @property
@@ -557,8 +560,8 @@ def overlaid(said: dict, given: dict) -> dict:
     """What is `given` on top of what a file says; where fewer runs are given, fewer are left to look at."""
     if not isinstance(given.get("runs"), (list, tuple)):  # absent, or refused later
         return {**said, **given}
-    lists = {key: said[key] for key in LENSES if isinstance(said.get(key), list)}
-    fewer = {key: [run for run in runs if run in given["runs"]] for key, runs in lists.items()}
+    lists = {key: said[key] for key in OF_RUNS if isinstance(said.get(key), list)}
+    fewer = {key: [run for run in runs if str(run).partition("/")[0] in given["runs"]] for key, runs in lists.items()}
     return {**said, **fewer, **given}
 
 

@@ -39,7 +39,7 @@ def told(environ: Mapping[str, str]) -> tuple[str, dict[str, str | list[str]]]:
 
 def jobs_of(study: Study) -> Iterator[tuple[str, str, int]]:
     """What is to be made for a study: a rule of the Snakefile, and of a rule for runs the run and its seed ('' and 0
-    else). The further seeds of the BCE runs are compared, and no more."""
+    else). The further seeds of a run are compared, by 02 to 05 and 09, and no more."""
     asked = study.pneumonia_runs
     compared = study.comparison * study.runs
     whole = {"data": True, "figures": compared, "intention": asked, "chexnet": study.chexnet and not asked}
@@ -49,10 +49,11 @@ def jobs_of(study: Study) -> Iterator[tuple[str, str, int]]:
     )
     each = {"train": trained, **dict.fromkeys(("metrics", "cam_alignment", "dissection"), compared)}
     yield from ((rule, run, seed) for rule, runs in each.items() for run in runs for seed in study.seeds_of(run))
-    some = {key: getattr(study, key) for key in LENSES}
-    # Where fewer runs are asked for, a BCE run may be left alone.
-    some["trunk_and_head"] = [run for run in study.trunk_and_head if len(study.run(run).siblings) > 1]
+    some = {key: getattr(study, key) for key in LENSES if key != "trunk_and_head"}
     yield from ((rule, run, seed) for rule, runs in some.items() for run in runs for seed in study.seeds)
+    changed = [study.run(run, seed) for run in study.trunk_and_head for seed in study.seeds_of(run)]
+    # Where fewer runs or seeds are asked for, a BCE run may be left alone.
+    yield from (("trunk_and_head", run.name, run.seed) for run in changed if len(run.siblings) > 1)
 
 
 def check_releases(studies: Iterable[Study]) -> None:

@@ -333,7 +333,7 @@ def test_the_selected_class():
 
 def test_siblings_differ_in_the_loss_alone_and_hold_the_run_itself():
     runs = ["multilabel-tdensenet-bce", "multilabel-resnet50-bce", "multilabel-tdensenet-focal", "binary-tdensenet-bce"]
-    run = Run.build({"runs": runs, "seed": 3})
+    run = Run.build({"runs": runs, "seeds": [3], "seed": 3})
     assert [(other.name, other.seed) for other in run.siblings] == [
         ("multilabel-tdensenet-bce", 3),
         ("multilabel-tdensenet-focal", 3),
@@ -598,10 +598,31 @@ def test_the_command_refuses_in_a_line(words, said, monkeypatch):
     assert len(str(ended.value).splitlines()) == 1
 
 
-def test_further_seeds_are_those_of_the_bce_runs():
-    study = Study(runs=["multilabel-tdensenet-bce", "multilabel-tdensenet-focal"], seeds=[0, 1], baseline_seeds=[7])
+def test_further_seeds_are_those_of_the_run():
+    runs = ["multilabel-tdensenet-bce", "multilabel-tdensenet-focal", "multilabel-tdensenet-wbce"]
+    further = [f"{runs[0]}/seed7", f"{runs[1]}/seed7", f"{runs[1]}/seed8"]
+    study = Study(runs=runs, seeds=[0, 1], more_seeds=further)
     assert [(run.loss, run.seed) for run in study.every_run] == [
-        ("bce", 0), ("bce", 1), ("bce", 7), ("focal", 0), ("focal", 1)
+        ("bce", 0), ("bce", 1), ("bce", 7), ("focal", 0), ("focal", 1), ("focal", 7), ("focal", 8), ("wbce", 0),
+        ("wbce", 1)
     ]  # fmt: skip
-    with pytest.raises(ParameterError, match="baseline_seeds names 1, which is one of seeds already"):
-        Study.build({"seeds": [0, 1], "baseline_seeds": [1]})
+    assert [run.loss for run in study.run(runs[0], 7).siblings] == ["bce", "focal"]
+    assert [run.loss for run in study.run(runs[0], 1).siblings] == ["bce", "focal", "wbce"]
+
+
+@pytest.mark.parametrize(
+    ("further", "said"),
+    [
+        (["multilabel-tdensenet-bce/seed1"], "more_seeds names multilabel-tdensenet-bce/seed1, which is one of seeds"),
+        (["multilabel-tdensenet-bce/seed2"] * 2, "more_seeds: names an entry twice"),
+        (
+            ["pneumonia-vgg16-bce/seed2"],
+            "more_seeds names pneumonia-vgg16-bce/seed2, which is none of the study's runs",
+        ),
+        (["multilabel-tdensenet-bce"], "more_seeds.0"),
+        (["multilabel-tdensenet-bce/seed02"], "more_seeds.0"),
+    ],
+)
+def test_further_seeds_of_no_run_or_named_twice(further, said):
+    with pytest.raises(ParameterError, match=said):
+        Study.build({"seeds": [0, 1], "more_seeds": further})

@@ -100,7 +100,7 @@ def test_the_jobs_of_a_study():
         release="digits",
         runs=["digits-small_cnn-bce", "digits-small_transformer-bce"],
         seeds=[0, 1],
-        baseline_seeds=[5],
+        more_seeds=["digits-small_cnn-bce/seed5", "digits-small_transformer-bce/seed5"],
         features=["digits-small_cnn-bce"],
     )
     jobs = list(jobs_of(study))
@@ -117,9 +117,9 @@ def test_the_jobs_of_a_study():
 
 def test_a_change_of_losses_needs_another_loss(tmp_path):
     runs = ["multilabel-tdensenet-focal", "multilabel-tdensenet-bce", "binary-tdensenet-bce"]
-    keys = {"runs": runs, "seeds": [0, 1], "baseline_seeds": [5]}
+    keys = {"runs": runs, "seeds": [0, 1], "more_seeds": [f"{runs[1]}/seed5", f"{runs[1]}/seed6", f"{runs[0]}/seed5"]}
     study = Study(**keys, trunk_and_head=["multilabel-tdensenet-bce", "binary-tdensenet-bce"])
     asked = [job[1:] for job in jobs_of(study) if job[0] == "trunk_and_head"]
-    assert asked == [("multilabel-tdensenet-bce", 0), ("multilabel-tdensenet-bce", 1)]
+    assert asked == [("multilabel-tdensenet-bce", seed) for seed in (0, 1, 5)]
     with pytest.raises(ParameterError, match="trunk_and_head names multilabel-tdensenet-focal; it names BCE runs"):
         Study.build(keys | {"trunk_and_head": runs[:1]})
