@@ -25,6 +25,7 @@ from lib.data import RELEASES, TASKS
 from lib.losses import LOSSES, SCALES
 
 ROOT = Path(__file__).resolve().parents[1]
+PLAN = ROOT / "params" / "plan.yaml"
 # Whatever `init: phantom` starts from is a study of its own.
 PRETEXT = "pretext_"
 RESERVED = f"names that begin with {PRETEXT} are kept for the runs that init: phantom starts from; choose another name"

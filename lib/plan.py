@@ -1,11 +1,11 @@
 """The plan: every claim, how it is measured and what would count as an answer, fixed before the runs.
 
-`params/plan.yaml` is the plan of the real study. A claim that is not in it is not judged; its digest is printed beside
-the runs, so that a plan which was changed afterwards does not look like the one before.
+`params/plan.yaml` is the plan of the real study. A claim that is not in it is not judged. Every run keeps the digest of
+the plan that stood when its training began, so that a plan which was changed afterwards does not look like the one
+before.
 """
 
 import datetime
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from lib.analysis.comparison import record_effects
 from lib.analysis.verdicts import verdicts
-from lib.params import ROOT, ParameterError
+from lib.params import PLAN, ParameterError
+from lib.state import digest
 
-PATH = ROOT / "params" / "plan.yaml"
+# Opponents that are the same networks, looked at in another way.
+SAME_NETWORKS = ("other_film", "cam", "individual_scale", "all_features")
 
 
 class Claim(BaseModel):
@@ -34,25 +36,29 @@ class Claim(BaseModel):
     expected: Literal["higher", "lower", "equivalent"]
 
 
+class Cell(BaseModel):
+    """The task and backbone in which claims are decided."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    task: str
+    backbone: str
+
+
 class Plan(BaseModel):
     """Claims by name, and what they share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     study: str = Field(description="the one that the margins belong to")
     written: datetime.date
+    confirmatory: Cell = Field(description="of the study: all its other cells, and all other studies, are explored")
     seeds: str
     exclusions: list[str]
-    margin_rule: str
     margins: dict[str, PositiveFloat] = Field(description="by metric; without one, equivalence is not asked")
     claims: dict[str, Claim] = Field(min_length=1)
-    digest: str = Field(description="of the file: the first 12 digits of its SHA-256")
-
-    def margin(self, study: str, metric: str) -> float:
-        """The equivalence margin of a metric; NaN where none is fixed, as for any study but the plan's own."""
-        return self.margins.get(metric, np.nan) if study == self.study else np.nan
+    digest: str = Field(description="of the file; runs keep it as `plan`")
 
 
-def load_plan(path: Path = PATH) -> Plan:
+def load_plan(path: Path = PLAN) -> Plan:
     """Read and check the plan.
 
     Raises
@@ -62,9 +68,8 @@ def load_plan(path: Path = PATH) -> Plan:
     """
     if not path.is_file():
         raise ParameterError(f"{path}: no such file; the plan of the study is part of the repository")
-    content = path.read_bytes()
     try:
-        return Plan(**yaml.safe_load(content), digest=hashlib.sha256(content).hexdigest()[:12])
+        return Plan(**yaml.safe_load(path.read_bytes()), digest=digest(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise ParameterError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -94,7 +99,8 @@ def record_claims(
     `analysis.comparison.record_effects`; a control stands in the column `loss` under the name that the plan gives it.
     """
     metrics = [claim.metric for claim in plan.claims.values() if claim.against == against and claim.metric in records]
-    effects = record_effects(records, metrics, key, n_replicates=n_replicates, baseline=against)
+    options = {"n_replicates": n_replicates, "baseline": against, "paired": against in SAME_NETWORKS}
+    effects = record_effects(records, metrics, key, **options)
     return claimed(plan, effects, against)
 
 
@@ -105,16 +111,19 @@ def judge(plan: Plan, study: str, effects: pd.DataFrame) -> pd.DataFrame:
     ----------
     plan : Plan
     study : str
-        Its margins are used for its own study alone.
+        In any but the plan's own all cells are explored: a rehearsal.
     effects : DataFrame
-        claim (a name in the plan), point, se, df and whatever tells cells apart: of `analysis.verdicts.effect`.
+        claim (a name in the plan), task, backbone, point, se, df and whatever else tells cells apart: of
+        `analysis.verdicts.effect`.
 
     Returns
     -------
     DataFrame
-        The same with source, says, family, metric, against, expected and margin of the claim, p_different,
-        p_equivalent, verdict, and outcome: 'holds', 'contradicted' (different the other way, or different where
-        equivalence was expected, or equivalent where a difference was), or 'undecided'.
+        The same with confirmatory (whether the claim is decided by this cell), source, says, family, metric, against,
+        expected and margin of the claim; tests, p_different, p_equivalent, detectable and verdict of
+        `analysis.verdicts.verdicts`, corrected over the confirmatory cells of a family, and over the others by
+        themselves; and outcome: 'holds', 'contradicted' (different the other way, or different where equivalence was
+        expected, or equivalent where a difference was), or 'undecided'.
 
     Raises
     ------
@@ -124,12 +133,14 @@ def judge(plan: Plan, study: str, effects: pd.DataFrame) -> pd.DataFrame:
     unknown = sorted(set(effects["claim"]) - plan.claims.keys())
     if unknown:
         raise ParameterError(
-            f"{PATH.name} has no claim {', '.join(unknown)}: a claim is written there before the runs that it is about"
+            f"{PLAN.name} has no claim {', '.join(unknown)}: a claim is written there before the runs that it is about"
         )
     said = pd.DataFrame([{"claim": name} | claim.model_dump() for name, claim in plan.claims.items()])
     cells = effects.merge(said, on="claim", how="left")
-    cells["margin"] = [plan.margin(study, metric) for metric in cells["metric"]]
-    found = verdicts(cells)
+    cells["margin"] = [plan.margins.get(metric, np.nan) for metric in cells["metric"]]
+    here = (cells["task"] == plan.confirmatory.task) & (cells["backbone"] == plan.confirmatory.backbone)
+    cells["confirmatory"] = here & (study == plan.study)
+    found = verdicts(cells, ["family", "confirmatory"])
     direction = np.where(found["point"] > 0, "higher", "lower")
     answer = np.where(found["verdict"] == "different", direction, found["verdict"])
     decided = found["verdict"] != "undecided"
@@ -137,17 +148,37 @@ def judge(plan: Plan, study: str, effects: pd.DataFrame) -> pd.DataFrame:
     return found.assign(outcome=np.where(decided, outcome, "undecided"))
 
 
-def null_margins(differences: pd.DataFrame) -> dict[str, float]:
-    """Margins by the plan's rule, from BCE runs alone.
+def decide(plan: Plan, judged: pd.DataFrame) -> pd.Series:
+    """Whether each claim of the plan holds.
+
+    Parameters
+    ----------
+    plan : Plan
+    judged : DataFrame
+        Of `judge`.
+
+    Returns
+    -------
+    Series by claim
+        'holds' where it does in every confirmatory cell, 'contradicted' where it is in any, else 'undecided'; 'not
+        judged' where it has no confirmatory cell.
+    """
+    cells = judged[judged["confirmatory"]].groupby("claim")["outcome"].agg(set)
+    found = {}
+    for claim in plan.claims:
+        outcomes = cells.get(claim, set())
+        whole = "contradicted" if "contradicted" in outcomes else "undecided"
+        found[claim] = "not judged" if not outcomes else "holds" if outcomes == {"holds"} else whole
+    return pd.Series(found, name="outcome").rename_axis("claim")
+
+
+def chance_spread(differences: pd.DataFrame) -> pd.Series:
+    """What chance alone changes, by metric: the root mean square of the differences of BCE against BCE of another seed.
 
     Parameters
     ----------
     differences : DataFrame
-        metric, difference: of BCE runs of two seeds, one row a pair of seeds, task and backbone.
-
-    Returns
-    -------
-    dict of metric to ``2 sqrt(mean(difference^2))``
+        metric, difference, one row a pair of seeds, task and backbone; see `analysis.comparison.seed_differences`.
     """
     squares = differences.assign(square=differences["difference"] ** 2).groupby("metric", sort=False)["square"]
-    return {metric: 2 * float(np.sqrt(value)) for metric, value in squares.mean().items()}
+    return np.sqrt(squares.mean()).rename("chance alone")

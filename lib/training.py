@@ -35,7 +35,7 @@ from lib.devices import choose_device, device_name, gpu_names, hold_gpus, uses_b
 from lib.locks import exclusive
 from lib.losses import make_loss
 from lib.models import build_model, read_weights, weights_digest
-from lib.params import ROOT, Run
+from lib.params import PLAN, ROOT, Run
 from lib.state import (
     WEIGHTS,
     TrainingError,
@@ -220,6 +220,7 @@ def _fit(run, model, init, device, rank, world):
         "device": device_name(device),
         "world_size": world,
         "started": started.isoformat(timespec="seconds"),
+        "plan": digest(PLAN) if PLAN.is_file() else "none",
         **environment(),
     }
 

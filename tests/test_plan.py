@@ -1,33 +1,39 @@
 """The plan that is in the repository, and what is made of one."""
 
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from lib.params import ParameterError
-from lib.plan import PATH, claimed, judge, load_plan, null_margins, record_claims
+from lib.params import PLAN, ParameterError
+from lib.plan import chance_spread, claimed, decide, judge, load_plan, record_claims
 
 
 def effects(*rows):
-    return pd.DataFrame(rows, columns=["claim", "point", "se", "df"]).assign(loss="wbce")
+    cell = {"task": "multilabel", "backbone": "tdensenet", "loss": "wbce"}
+    return pd.DataFrame(rows, columns=["claim", "point", "se", "df"]).assign(**cell)
 
 
 def written(tmp_path, **changes):
-    plan = yaml.safe_load(PATH.read_text()) | changes
+    plan = yaml.safe_load(PLAN.read_text()) | changes
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     return load_plan(tmp_path / "plan.yaml")
 
 
 def test_the_plan_of_the_repository_is_whole():
     plan = load_plan()
-    assert plan.written.year >= 2026 and len(plan.digest) == 12
+    assert plan.written.year >= 2026 and plan.digest == hashlib.sha256(PLAN.read_bytes()).hexdigest()[:16]
     assert {"khakzar_1", "khakzar_2", "khakzar_3", "khakzar_4", "nam_lee", "li", "prior_shift", "trunk"} <= {
         claim.family for claim in plan.claims.values()
     }
     # Two claims about one metric and one comparison would be one claim counted twice.
     keys = [(claim.metric, claim.against) for claim in plan.claims.values()]
     assert len(set(keys)) == len(keys)
+    # Equivalence that is expected can be shown, and a margin belongs to a claim.
+    alike = {claim.metric for claim in plan.claims.values() if claim.expected == "equivalent"}
+    assert alike <= plan.margins.keys() <= {claim.metric for claim in plan.claims.values()}
 
 
 def test_a_claim_that_was_not_written_down_is_refused():
@@ -55,16 +61,37 @@ def test_a_difference_that_was_expected_and_is_none_contradicts(tmp_path):
     assert judge(plan, plan.study, effects(("iobb_up", 0.001, 0.001, 50)))["outcome"].item() == "contradicted"
 
 
-def test_margins_belong_to_the_study_of_the_plan(tmp_path):
-    plan = written(tmp_path, margins={"auroc": 0.02})
-    assert plan.margin(plan.study, "auroc") == 0.02
-    assert np.isnan(plan.margin("demo", "auroc")) and np.isnan(plan.margin(plan.study, "iobb"))
-    assert judge(plan, "demo", effects(("auroc_alike", 0, 1e-6, 50)))["verdict"].item() == "undecided"
+def test_cells_that_decide_are_corrected_by_themselves():
+    plan = load_plan()
+    weak = effects(("iobb_up", 2.2, 1.0, np.inf))  # p = .028: enough alone, not among three
+    others = pd.concat([weak.assign(task="binary"), weak.assign(backbone="resnet50")])
+    every = pd.concat([weak, others], ignore_index=True)
+    found = judge(plan, plan.study, every)
+    assert list(found["confirmatory"]) == [True, False, False] and list(found["tests"]) == [1, 2, 2]
+    assert list(found["verdict"]) == ["different", "undecided", "undecided"]
+    elsewhere = judge(plan, "demo", every)
+    assert not elsewhere["confirmatory"].any() and list(elsewhere["tests"]) == [3, 3, 3]
 
 
-def test_margins_from_the_null():
+def test_a_claim_holds_where_every_deciding_cell_says_so():
+    plan = load_plan()
+    sure, not_sure, against = ((name, point, 0.01, 50) for name, point in [("", 0.5), ("", 0.012), ("", -0.5)])
+    rows = {
+        "iobb_up": [sure, sure, sure], "auprc_alike": [sure, not_sure], "ior_down": [not_sure, against],
+        "probability_up": [sure, (0, 0.0, 5.0, 50)],
+    }  # fmt: skip
+    table = effects(*((name, *row[1:]) for name, several in rows.items() for row in several))
+    decided = decide(plan, judge(plan, plan.study, table))
+    assert list(decided.index) == list(plan.claims)
+    assert decided[list(rows)].tolist() == ["holds", "contradicted", "undecided", "undecided"]
+    assert decided["hit_alike"] == "not judged"
+    assert set(decide(plan, judge(plan, "demo", table))) == {"not judged"}
+
+
+def test_what_chance_alone_changes():
     null = pd.DataFrame({"metric": ["auroc", "iobb", "auroc"], "difference": [0.03, -0.1, -0.01]})
-    assert null_margins(null) == pytest.approx({"auroc": 2 * np.sqrt((0.03**2 + 0.01**2) / 2), "iobb": 0.2})
+    found = {"auroc": np.sqrt((0.03**2 + 0.01**2) / 2), "iobb": 0.1}
+    assert chance_spread(null).to_dict() == pytest.approx(found)
 
 
 @pytest.mark.parametrize(

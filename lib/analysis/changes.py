@@ -25,7 +25,7 @@ from lib.analysis.comparison import BASELINE, DIFFERENT
 from lib.analysis.metrics import METRICS, seed_averages
 from lib.analysis.statistics import replicate_means
 from lib.analysis.trunk_head import TRAINED
-from lib.analysis.verdicts import Effect, effect, seed_variance
+from lib.analysis.verdicts import Effect, effect
 
 CHANGES = ["task", "backbone", "loss", "part", "metric", *Effect._fields, "n_seeds", "n_patients"]
 PARTS = ["trained", "whole", "trunk", "head", "interaction", "constant", "rest"]
@@ -83,8 +83,8 @@ def record_changes(
     """Each loss's change of the mean of per-film records against BCE, and its parts.
 
     A part is computed record by record and is over the records in which all that it is made of are defined, so the
-    parts of the refitted change add up exactly. Of several seeds each one's trunks are set against each other, and the
-    point is the mean over the loss's seeds; their variance is pooled over the losses, see `verdicts`.
+    parts of the refitted change add up exactly. Of several seeds each one's trunks are set against each other; the
+    point is the mean over the loss's seeds, and their variance is that of the parts, see `verdicts`.
 
     Parameters
     ----------
@@ -187,14 +187,8 @@ def _averages(predictions: pd.DataFrame, n_replicates: int, seed: int) -> tuple[
 def _effects(found: Mapping[str, list], metric: str) -> Iterator[tuple]:
     """Rows of the points, replicates and numbers of patients of every part, by loss and seed."""
     for loss, part in itertools.product(found, PARTS):
-        by_seed = {other: [point[part] for point, _, _ in seeds] for other, seeds in found.items()}
-        between = seed_variance([[value for value in values if not np.isnan(value)] for values in by_seed.values()])
+        by_seed = [point[part] for point, _, _ in found[loss]]
         drawn = np.mean([replicates[part] for _, replicates, _ in found[loss]], axis=0)
-        drawn, point = drawn[~np.isnan(drawn)], np.mean(by_seed[loss])
-        n_seeds, n_patients = len(found[loss]), min(int(counts[part]) for _, _, counts in found[loss])
-        # Replicates of one patient's records all agree, whoever else is drawn: that is no certainty.
-        if n_patients > 1 and len(drawn) > 1:
-            sized = effect(point, drawn, n_patients, (n_seeds,), between)
-        else:
-            sized = Effect(point, *[np.nan] * 5, bool(between[1]))
-        yield loss, part, metric, *sized, n_seeds, n_patients
+        n_patients = min(int(counts[part]) for _, _, counts in found[loss])
+        sized = effect(np.mean(by_seed), drawn, n_patients, [by_seed])
+        yield loss, part, metric, *sized, len(by_seed), n_patients

@@ -5,6 +5,7 @@ Every seed of a run is scored by itself, and what is reported is the mean over s
 ensemble, which is another quantity). The bootstrap draws patients, the same ones for every seed and every run.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 
 from lib.analysis.metrics import METRICS, classification_metrics, metric_differences, seed_averages
 from lib.analysis.statistics import mean_interval, paired_difference, replicate_means
-from lib.analysis.verdicts import Effect, effect, seed_variance
+from lib.analysis.verdicts import Effect, effect
 
 RUN = ["task", "backbone", "loss"]
 BASELINE = "bce"
@@ -124,11 +125,13 @@ def record_effects(
     n_replicates: int,
     seed: int = 0,
     baseline: str = BASELINE,
+    paired: bool = False,
 ) -> pd.DataFrame:
     """Effect of every run against the BCE run of its task and backbone, with the chance of training in it.
 
-    Arguments and errors as in `record_differences`. The variance between seeds is pooled over the runs of a task and
-    backbone, see `analysis.verdicts`. A `baseline` other than BCE is a control that stands in the column `loss`.
+    Arguments and errors as in `record_differences`; what the standard error holds says `analysis.verdicts`. A
+    `baseline` other than BCE is a control that stands in the column `loss`. With `paired` its seeds are those of the
+    same networks, looked at in another way, and the difference is taken seed by seed.
 
     Returns
     -------
@@ -146,20 +149,20 @@ def record_effects(
                 continue
             bce = values[baseline]
             patients = bce.index.get_level_values("patient")
-            between = seed_variance([run.mean().dropna() for run in values.values()])
             for loss, mine in values.items():
                 if loss == baseline:
                     continue
                 if not mine.index.equals(bce.index):
                     raise ValueError(f"{task}-{backbone}-{loss} and its {_run_of(baseline)} {DIFFERENT}")
-                # Every seed of one against every seed of the other, over the records that both have.
-                apart = (mine.to_numpy().T[:, None] - bce.to_numpy().T).reshape(-1, len(mine))
+                # Over the records that both have: every seed of one against every seed of the other, or its own.
+                shared = [(k, k) for k in mine] if paired else itertools.product(mine, bce)
+                apart = np.stack([(mine[a] - bce[b]).to_numpy() for a, b in shared])
                 drawn = replicate_means(apart, patients, n_replicates, seed).mean(axis=1)
-                known = apart[~np.isnan(apart).all(axis=1)]
-                point = float(np.nanmean(known, axis=1).mean()) if len(known) == len(apart) else np.nan
-                counts = mine.shape[1], bce.shape[1]
-                n_patients = patients[~np.isnan(apart).all(axis=0)].nunique()  # the others have no say
-                found = _effect(point, drawn, n_patients, counts, between)
+                known = ~np.isnan(apart)
+                by_pair = [one[there].mean() if there.any() else np.nan for one, there in zip(apart, known)]
+                counts, n_patients = (mine.shape[1], bce.shape[1]), patients[known.any(axis=0)].nunique()
+                arms = [by_pair] if paired else [mine.mean().dropna(), bce.mean().dropna()]
+                found = effect(float(np.mean(by_pair)), drawn, n_patients, arms)
                 rows.append((task, backbone, loss, metric, *found, *counts, n_patients))
     return pd.DataFrame(rows, columns=EFFECTS)
 
@@ -185,7 +188,6 @@ def prediction_effects(
                 raise ValueError(f"{task}-{backbone}-{loss} and its {_run_of(baseline)} {DIFFERENT}")
             points[loss], drawn[loss] = seed_averages(logits, targets, classes, patients, n_replicates, seed)
         for column, metric in enumerate(METRICS):
-            between = seed_variance([one[column] for one in points.values()])
             for loss, one in points.items():
                 if loss == baseline:
                     continue
@@ -193,7 +195,7 @@ def prediction_effects(
                 apart = drawn[loss][column].mean(axis=1) - drawn[baseline][column].mean(axis=1)
                 counts = len(one[column]), len(points[baseline][column])
                 n_patients = len(np.unique(patients))
-                found = _effect(point, apart, n_patients, counts, between)
+                found = effect(point, apart, n_patients, [one[column], points[baseline][column]])
                 rows.append((task, backbone, loss, metric, *found, *counts, n_patients))
     return pd.DataFrame(rows, columns=EFFECTS)
 
@@ -254,14 +256,6 @@ def seed_differences(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFr
 
 def _run_of(baseline):
     return "BCE run" if baseline == BASELINE else f"control {baseline}"
-
-
-def _effect(point, drawn, n_patients, counts, between) -> Effect:
-    """Of a metric that no record has, or of one patient, nothing is known but that."""
-    drawn = drawn[~np.isnan(drawn)]
-    if np.isnan(point) or n_patients < 2 or len(drawn) < 2:
-        return Effect(point, *[np.nan] * 5, bool(between[1]))
-    return effect(point, drawn, n_patients, counts, between)
 
 
 def prediction_metrics(predictions: pd.DataFrame, *, n_replicates: int, seed: int = 0) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from lib.tables.names import display
 
 
 def claim_table(judged: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim: how often it holds, and how large the differences are.
+    """How often each claim holds and how large the differences are, the deciding cells apart from the explored ones.
 
     Parameters
     ----------
@@ -17,11 +17,11 @@ def claim_table(judged: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        claim, source, says, metric, against, expected, margin, cells, holds, contradicted, undecided, median, least and
-        largest (of the differences), detectable (the largest over the cells, see `verdicts.Effect`), seeds (whether the
-        chance of training is in every cell).
+        claim, confirmatory, source, says, metric, against, expected, margin, cells, holds, contradicted, undecided,
+        median, least and largest (of the differences), detectable (the largest over the cells, see
+        `verdicts.detectable`), seeds (whether the chance of training is in every cell). Deciding cells come first.
     """
-    keys = ["claim", "source", "says", "metric", "against", "expected"]
+    keys = ["claim", "confirmatory", "source", "says", "metric", "against", "expected"]
     rows = []
     for key, cells in judged.groupby(keys, sort=False):
         counts = cells["outcome"].value_counts()
@@ -34,23 +34,17 @@ def claim_table(judged: pd.DataFrame) -> pd.DataFrame:
             | {name: getattr(cells["point"], how)() for name, how in sizes.items()}
             | {"detectable": cells["detectable"].max(), "seeds": bool(cells["seeds"].all())}
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).sort_values("confirmatory", ascending=False, kind="stable", ignore_index=True)
 
 
 def cells_markdown(judged: pd.DataFrame, cell: list[str], decimals: int = 3) -> str:
-    """Every cell of every claim as a Markdown table: the difference with its interval, and the verdict.
+    """Every cell of every claim as a Markdown table: the difference with its interval, what that rests on, and the
+    verdict.
 
     `cell` : the columns that tell the cells of a claim apart, such as task, backbone and loss.
     """
-    head = [
-        "Claim",
-        "Expected",
-        *(name.capitalize() for name in cell),
-        "Difference",
-        "95 % interval",
-        "Verdict",
-        "Claim",
-    ]
+    head = ["Claim", "Expected", *(name.capitalize() for name in cell), "Difference", "95 % interval", "Seeds"]
+    head += ["Patients", "df", "Could be shown", "Margin", "Verdict", "Outcome", "Decides"]
     lines = [
         [
             f"{display(row['metric'])} against {display(row['against'])}",
@@ -58,8 +52,14 @@ def cells_markdown(judged: pd.DataFrame, cell: list[str], decimals: int = 3) -> 
             *(display(str(row[name])) for name in cell),
             number_text(row["point"], decimals),
             bounds_text(row["low"], row["high"], decimals),
+            " + ".join(str(int(row[name])) for name in ("n_seeds", "n_baseline") if not pd.isna(row.get(name))),
+            str(int(row["n_patients"])),
+            number_text(row["df"], 1),
+            number_text(row["detectable"], decimals),
+            number_text(row["margin"], decimals),
             answer(row),
             row["outcome"],
+            "yes" if row["confirmatory"] else "no",
         ]
         for _, row in judged.iterrows()
     ]
@@ -74,7 +74,7 @@ def answer(row: pd.Series) -> str:
 
 
 def claim_sentences(judged: pd.DataFrame) -> list[str]:
-    """The frame of `claim_table` in words, a Markdown line a claim."""
+    """The frame of `claim_table` in words, a Markdown line a claim and kind of cell."""
     return [_sentence(row) for _, row in claim_table(judged).iterrows()]
 
 
@@ -82,12 +82,14 @@ def _sentence(row: pd.Series) -> str:
     outcomes = ", ".join(f"{name} in {row[name]}" for name in ("holds", "contradicted", "undecided") if row[name])
     spread = f"{row['least']:+.3f} to {row['largest']:+.3f}, median {row['median']:+.3f}"
     parts = [
-        f"{row['cells']} cell{'s' if row['cells'] > 1 else ''}: {outcomes}",
+        f"{row['cells']} {'deciding' if row['confirmatory'] else 'explored'} cell{'s' if row['cells'] > 1 else ''}: "
+        f"{outcomes}",
         f"difference {row['median']:+.3f}" if row["cells"] == 1 else f"differences {spread}",
         f"{row['detectable']:.3f} could have been shown",
     ]
-    if row["expected"] == "equivalent" and pd.isna(row["margin"]):
-        parts.append("no margin is fixed, so equivalence cannot be shown")
+    if row["expected"] == "equivalent":
+        fixed = f"within {row['margin']:g} is called equivalent"
+        parts.append("no margin is fixed, so equivalence cannot be shown" if pd.isna(row["margin"]) else fixed)
     if not row["seeds"]:
         parts.append("the chance of training is not in it")
     return f"**{row['says'][0].upper()}{row['says'][1:]}** ({row['source']}): {'; '.join(parts)}."

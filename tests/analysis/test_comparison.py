@@ -257,13 +257,11 @@ def test_effects_of_records_against_a_loop():
             frames.append(frame.assign(unique=values, **run(loss, seed)))
     records = pd.concat(frames, ignore_index=True)
     table = comparison.record_effects(records, ["unique"], ["image"], n_replicates=400).set_index("loss")
-    assert set(table.index) == {"focal", "wbce"} and table["seeds"].all()
+    assert set(table.index) == {"focal", "wbce"} and table["seeds"].to_dict() == {"wbce": True, "focal": False}
 
     wide = {
         loss: frame.pivot(index="image", columns="seed", values="unique") for loss, frame in records.groupby("loss")
     }
-    squares = sum(((frame.mean() - frame.mean().mean()) ** 2).sum() for frame in wide.values())
-    between = squares / (2 + 1)
     patients = np.array([str(i // 2) for i in range(24)])
     replicates = patient_replicates(patients, 400, 0)
     weights = replicates.counts[:, replicates.patient].astype(float)
@@ -273,10 +271,37 @@ def test_effects_of_records_against_a_loop():
         drawn = np.mean(
             [(weights * np.nan_to_num(one)).sum(1) / (weights * ~np.isnan(one)).sum(1) for one in pairs], axis=0
         )
-        seeds = between * (1 / wide[loss].shape[1] + 1 / 3)
+        arms = (wide[loss], wide["bce"])
+        seeds = sum(arm.mean().var(ddof=1) / arm.shape[1] for arm in arms) if loss == "wbce" else 0
         assert table.loc[loss, "point"] == pytest.approx(point)
         assert table.loc[loss, "se"] == pytest.approx(np.sqrt(drawn.var(ddof=1) + seeds))
         assert table.loc[loss, ["n_seeds", "n_baseline", "n_patients"]].tolist() == [wide[loss].shape[1], 3, 12]
+
+
+def test_scores_of_the_same_networks_are_paired_seed_by_seed():
+    rng = np.random.default_rng(3)
+    frames = [
+        pd.DataFrame({"image": list("abcdef"), "patient": list("aabbcc")}).assign(
+            unique=rng.normal(3 * seed, 1, 6) + (loss == "bce") / 2, **run(loss, seed)
+        )
+        for loss in ("bce", "other_film")
+        for seed in (0, 1, 2)
+    ]
+    records = pd.concat(frames, ignore_index=True)
+    given = dict(n_replicates=300, baseline="other_film", paired=True)
+    found = comparison.record_effects(records, ["unique"], ["image"], **given).iloc[0]
+    wide = records.pivot(index=["patient", "image"], columns=["loss", "seed"], values="unique")
+    apart = wide["bce"] - wide["other_film"]
+    replicates = patient_replicates(np.repeat(list("abc"), 2), 300, 0)
+    weights = replicates.counts[:, replicates.patient]
+    drawn = (weights @ apart.to_numpy() / weights.sum(1)[:, None]).mean(axis=1)
+    parts = drawn.var(ddof=1), apart.mean().var(ddof=1) / 3
+    assert found["point"] == pytest.approx(apart.to_numpy().mean()) and found["se"] == pytest.approx(sum(parts) ** 0.5)
+    df = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 2)
+    assert found["df"] == pytest.approx(min(df, 4)) and found["n_seeds"] == 3
+    # The seeds lie far apart, and that is not their difference.
+    alone = comparison.record_effects(records, ["unique"], ["image"], n_replicates=300, baseline="other_film")
+    assert alone["se"].iloc[0] > 2 * found["se"]
 
 
 def test_effects_of_predictions_against_scikit_learn():
