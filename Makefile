@@ -1,6 +1,7 @@
 # Makes the environment and calls Snakemake; nothing else.
 #   make demo      the whole study on the simulated films        make test   every test
 #   make study STUDY=nih DATA_ROOT=/path/to/nih                  the same on real films; JOBS=…, RUNS="…", PROFILE=slurm
+#   make reference STUDY=demo   copies the tables and figures of a study that go into git to outputs/reference
 #   make check STUDY=nih   reads its stored films and weights again: are they still what was written?
 #   make lab       JupyterLab on the notebooks                   make bench  speed against peers
 #   make clean-states      removes the training states of finished runs, and says how much that is
@@ -15,10 +16,10 @@ export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study check test lab bench lock clean-states
+.PHONY: help setup demo study check reference test lab bench lock clean-states
 
 help:
-	@sed -n '2,6p' Makefile | cut -c3-
+	@sed -n '2,7p' Makefile | cut -c3-
 
 setup: $(VENV)/.complete
 
@@ -56,6 +57,9 @@ study: setup
 	elif [ -f "params/profiles/$$PROFILE/config.yaml" ]; then set -- "$$@" --profile "params/profiles/$$PROFILE"; \
 	else refuse "PROFILE=$$PROFILE: there is no params/profiles/$$PROFILE/config.yaml; name a folder of params/profiles, such as slurm"; fi; \
 	exec snakemake "$$@"
+
+reference: setup
+	@python -m lib.reference "$$STUDY"
 
 check: setup
 	@python -m lib.preflight "$$STUDY"

@@ -1,8 +1,5 @@
 # Which notebook makes which file. `make demo` and `make study` call this; every rule is a plain papermill line.
-import glob
-import os
-import shlex
-import sys
+import glob, os, shlex, sys
 
 sys.path.insert(0, workflow.basedir)
 from lib.data import RELEASES
@@ -40,7 +37,6 @@ PAPERMILL = (
     ' --log-level ERROR --no-progress-bar --start-timeout 300 2>&1 >&3 | notebook={log:q} awk "$ITS_ERROR" >&2; }} 3>&1'
 )
 
-
 def given(wildcards):
     """For papermill: a study's file, a run's, and what the command line says of the main study."""
     words, own = ["-f", f"params/studies/{wildcards.study}.yaml"], said if wildcards.study == main.study else {}
@@ -51,39 +47,34 @@ def given(wildcards):
         words += ["-f", f"params/runs/{wildcards.run}.yaml", "-p", "seed", wildcards.seed]
     return shlex.join(words)
 
-
 def release_lists(wildcards):
     """The lists of a real release, so that films are read again where one has changed."""
     study = STUDIES[wildcards.study]
     root, patterns = study.data_root, RELEASES[study.release].lists
     return [f"{root}/{path}" for pattern in patterns for path in sorted(glob.glob(pattern, root_dir=root))]
 
-
 def chexnet_files(wildcards):
     return [str(path) for path in STUDIES[wildcards.study].chexnet_files.values()]
-
 
 def initial_weights(wildcards):
     run = STUDIES[wildcards.study].run(wildcards.run)
     return f"{PRETEXT}/run.json".format(size=run.image_size, backbone=run.backbone) if run.init == "phantom" else []
-
 
 def siblings(wildcards):
     """Models that differ from a run in the loss alone: 07 and 09 compare them."""
     runs = STUDIES[wildcards.study].run(wildcards.run, wildcards.seed).siblings
     return [f"{RUN}/run.json".format(study=run.study, run=run.name, seed=run.seed) for run in runs]
 
-
 def of_runs(study, *files):
     """These files of all runs of a study."""
     runs = STUDIES[study].every_run
     return [f"{RUN}/{file}".format(study=study, run=run.name, seed=run.seed) for run in runs for file in files]
 
-
-def products(name, study):
-    """All that the rules declare for a study: else what lies only in between would not be made again if it is lost."""
-    jobs = ((getattr(rules, rule).output, run, seed) for rule, run, seed in jobs_of(study))
-    return sorted({path for output, run, seed in jobs for path in expand(output, study=name, run=run, seed=seed)})
+def products(study, of=()):
+    """What these rules declare for a study; by default all: else what lies in between is not made if it is lost."""
+    jobs = [job for job in jobs_of(STUDIES[study]) if job[0] in of or not of]
+    files = (expand(getattr(rules, rule).output, study=study, run=run, seed=seed) for rule, run, seed in jobs)
+    return sorted({path for several in files for path in several})
 
 
 onstart:
@@ -99,7 +90,7 @@ wildcard_constraints: study=r"(?!pretext_)\w+", run=r"[\w.+-]+", backbone=r"[\w.
 
 
 rule all:
-    input: lambda wildcards: sum((products(*study) for study in STUDIES.items()), [])
+    input: lambda wildcards: sum(map(products, STUDIES), [])
 
 
 rule notebook:
@@ -163,9 +154,10 @@ use rule notebook as figures with:
     input:
         lambda wildcards: of_runs(wildcards.study, "run.json", "predictions.parquet"),
         lambda wildcards: of_runs(wildcards.study, "metrics.csv", "cam_alignment.parquet", "concepts.parquet"),
+        lambda wildcards: products(wildcards.study, of=("attribution", "features", "trunk_and_head")),
         **notebook_of_study("05_figures")
     output:
-        multiext(f"{OUT}/tables/", "null.csv", "verdicts.csv", "verdicts.md"),
+        multiext(f"{OUT}/tables/", "null.csv", "verdicts.csv", "verdicts.md", "claims.csv", "performance.csv"),
         multiext(f"{OUT}/tables/table1_readings", ".csv", ".md"),
         multiext(f"{OUT}/tables/table1_alignment", ".csv", ".md", ".tex"),
         multiext(f"{OUT}/tables/table2_concepts", ".csv", ".md", ".tex"),
@@ -174,7 +166,7 @@ use rule notebook as figures with:
     threads: 16  # cut to what --cores allows
 
 use rule notebook as attribution with:
-    input: **notebook_of_run("06_attribution")
+    input: lambda wildcards: of_runs(wildcards.study, "run.json"), **notebook_of_run("06_attribution")
     output: multiext(f"{RUN}/", "attribution.parquet", "place.parquet", "place_untrained.parquet")
     log: f"{RUN}/06_attribution.ipynb"
     params: given=lambda wildcards: given(wildcards) + " -p chexnet ''"
@@ -186,7 +178,7 @@ use rule notebook as chexnet with:
 
 use rule notebook as features with:
     input: siblings, **notebook_of_run("07_feature_analysis")
-    output: f"{RUN}/importance.parquet"
+    output: multiext(f"{RUN}/", "importance.parquet", "feature_scores.parquet")
     log: f"{RUN}/07_feature_analysis.ipynb"
 
 use rule notebook as trunk_and_head with:
@@ -198,3 +190,11 @@ use rule notebook as intention with:
     input: lambda wildcards: of_runs(wildcards.study, "run.json"), chexnet_files, **notebook_of_study("08_intention")
     output: f"{OUT}/tables/intention.csv"
     log: f"{OUT}/08_intention.ipynb"
+
+use rule notebook as laboratory with:
+    input:
+        lambda wildcards: sum((of_runs(name, "run.json") for name in STUDIES), []),
+        **notebook_of_study("11_laboratory")
+    output: multiext(f"{OUT}/tables/laboratory", ".csv", "_doses.csv", "_untrained.csv", "_losses.csv", "_changes.csv")
+    log: f"{OUT}/11_laboratory.ipynb"
+    threads: 16

@@ -14,6 +14,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+# A quota and a limit of a file's size are full disks too.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SPARE_BYTES = 64 * 2**20  # what is left free of a disk, and least of all needed to begin with
+
 
 def _lock(path: str | Path, wait: bool) -> int | None:
     """A descriptor that holds the lock of the file that bears the name `path` by then: its holder may have moved or

@@ -6,22 +6,20 @@ which are the demo's. `params/runs/<run>.yaml` says what makes one run. `python 
 and all its runs.
 """
 
-import difflib
 import itertools
 import os
 import re
-import reprlib
 import sys
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lib.analysis.cam import METHODS as CAM_METHODS
 from lib.data import RELEASES, TASKS
+from lib.flat_yaml import ParameterError, load, nearest, shown
 from lib.losses import LOSSES, SCALES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,10 +34,6 @@ GRID = tuple(
         ("multilabel", "binary"), ("tdensenet", "resnet50"), ("bce", "wbce", "focal", "cb_focal")
     )
 )
-
-
-class ParameterError(ValueError):
-    """A parameter that is misspelt, missing or out of range; the message names the key, its file and the way out."""
 
 
 def _plain(name: str) -> str:
@@ -94,6 +88,7 @@ class Data(_Keys):
     phantom_seed: int = Field(0, ge=0, description="which patients are simulated")
     phantom_floor: float = Field(0.035, ge=0, le=0.1, description="share of films every finding is lifted to")
     phantom_marker: str = Field("", description="a finding whose films carry a burnt-in marker, a planted confounder")
+    phantom_prevalence: float = Field(1.0, gt=0, le=1, description="share of the training films' findings that is left")
     image_size: int = Field(66, ge=32, le=1024, description="side of the films that the models see, pixels")
     no_finding_output: bool = Field(True, description="multilabel: 15 outputs with 'No Finding'; False: 14")
 
@@ -116,6 +111,9 @@ class Training(_Keys):
     augmentation: Literal["paper", "imba"] = Field("paper", description="crop, flip and jitter, or the authors' code")
     shuffle_labels: bool = Field(
         False, description="a control that can learn nothing: label sets dealt out anew among the training films"
+    )
+    label_noise: bool = Field(
+        False, description="labels of the training films are as often wrong as NIH's, see published/nih_label_noise.csv"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is faster")
     gpus: int = Field(1, ge=1, description="GPUs (or CPU processes) of one run; above 1 it runs under torchrun")
@@ -203,9 +201,15 @@ class Study(Analysis, Loss, Training, Data):
         [], description="further seeds of single runs, as their folders are called: <run>/seed<k>"
     )
     comparison: bool = Field(True, description="whether 02 to 05 compare the runs, as Khakzar et al. do")
+    laboratory: bool = Field(False, description="whether 10 compares this study and its companions, dose by dose")
     attribution: list[Name] = Field([], description="runs that 06 explains by relevance")
     features: list[Name] = Field([], description="runs whose features 07 analyses")
     trunk_and_head: list[Name] = Field([], description="BCE runs; 09 asks where the other losses change them")
+    shuffled_study: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_]*$",
+        description="the same films learnt with shuffled labels: a control of 05, a study of its own, made before",
+    )
     companions: list[Name] = Field([], description="other studies that are made along with this one")
 
     @model_validator(mode="before")
@@ -250,6 +254,8 @@ class Study(Analysis, Loss, Training, Data):
                 f"data_root is empty: name the folder that holds {lists[0]} (-p data_root ..., or make ... "
                 "DATA_ROOT=...)"
             )
+        if self.label_noise and "multilabel" not in RELEASES[self.release].tasks:
+            raise ValueError(f"label_noise is known of NIH's findings, which release {self.release} does not have")
         if self.augmentation == "imba" and not self.flip:
             raise ValueError(
                 "augmentation: imba transposes and turns films, so flip: false cannot be kept; use augmentation: paper"
@@ -261,6 +267,8 @@ class Study(Analysis, Loss, Training, Data):
         for key in OF_RUNS:
             if foreign := [name for name in getattr(self, key) if name.partition("/")[0] not in self.runs]:
                 raise ValueError(f"{key} names {foreign[0]}, which is none of the study's runs")
+        if self.shuffled_study == self.study:
+            raise ValueError(f"shuffled_study names {self.study}, which is this study itself")
         if self.study in self.companions:
             raise ValueError(f"companions names {self.study}, which is this study itself")
         if self.phantom_marker:
@@ -444,102 +452,6 @@ def _require_class(key, name, classes):
         raise ValueError(f"{key}: there is no class {shown(name)} to look at{nearest(name, classes)} ({known})")
 
 
-def nearest(key, known) -> str:
-    """'; did you mean x?' for the nearest of the `known` names, or nothing."""
-    key = key if isinstance(key, str) else shown(key)
-    match = difflib.get_close_matches(key, dict.fromkeys(map(str, known)), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-
-
-def shown(value: object) -> str:
-    """`value` as Python writes it, on one line; the middle of a long one is left out."""
-    huge = isinstance(value, int) and abs(value) >= 10**40  # Python refuses to write ints of thousands of digits
-    return _SHORT.repr(hex(value) if huge else value)
-
-
-class _FlatLoader(yaml.SafeLoader):
-    """Of yaml the part that says one thing alone: plain keys, each once, with numbers, words, true, false, null, or
-    lists of these.
-
-    What has a tag, such as `!!binary`, papermill writes unquoted into the notebook, where it runs as code. Dates are
-    words, as they are to papermill.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        line, of_a_key = f"line {event.start_mark.line + 1}", isinstance(parent, yaml.MappingNode) and index is not None
-        values = (yaml.ScalarEvent, *[yaml.SequenceStartEvent, yaml.AliasEvent] * of_a_key)
-        flat = isinstance(event, values if parent else yaml.MappingStartEvent)
-        if getattr(event, "tag", None):
-            raise ParameterError(f"{line}: the tag {shown(event.tag)} is not read: write the value itself")
-        node = super().compose_node(parent, index) if flat else None
-        if node is None or parent and isinstance(node, yaml.MappingNode):
-            raise ParameterError("must hold flat 'key: value' lines (papermill merges no deeper)")
-        if node.tag.endswith((":int", ":float")) and re.search(r"^[-+]?0[0-9_xb]|:|.{40}", node.value):
-            raise ParameterError(
-                f"{line}: to yaml {shown(node.value)} is octal, hexadecimal, a time or a huge number: write it in "
-                "plain digits, or words in quotes"
-            )
-        return node
-
-    def plain_values(self) -> dict:
-        values, lines = {}, {}
-        root = self.get_single_node()
-        for key, value in root.value if root else ():
-            line = key.start_mark.line + 1
-            if key.value in values:
-                raise ParameterError(
-                    f"lines {lines[key.value]} and {line}: the key {shown(key.value)} stands there twice"
-                )
-            values[key.value], lines[key.value] = self.construct_object(value, deep=True), line
-        return values
-
-
-def load(path: str | Path) -> dict:
-    """Read one flat yaml file of parameters, of at most 64 KiB.
-
-    Raises
-    ------
-    ParameterError
-        The file is missing, is not yaml, is not flat, has a key twice, or says more than plain values.
-    """
-    path = Path(path)
-    if os.path.lexists(path) and not path.is_file():
-        raise ParameterError(f"{path}: is a folder, a device or a broken link: put a file of parameters there")
-    if not path.is_file():
-        known = sorted(other.stem for other in path.parent.glob("*.yaml"))
-        raise ParameterError(
-            f"{path}: no such file{nearest(path.stem, known)} ({path.parent} has {', '.join(known) or 'none'})"
-        )
-    try:
-        with open(path, "rb") as file:
-            content = file.read(2**16 + 1)
-        if len(content) > 2**16:
-            raise ParameterError("is longer than 64 KiB, which no list of parameters is")
-        values = _FlatLoader(content.decode("utf-8")).plain_values()
-    except ParameterError as error:
-        raise ParameterError(f"{path}: {error}") from None
-    except OSError as error:
-        raise ParameterError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ParameterError(f"{path}: byte {error.start} is no UTF-8: save it as text in UTF-8") from None
-    except yaml.YAMLError as error:
-        fault = " ".join(str(error).replace('"<unicode string>", ', "").split())
-        raise ParameterError(f"{path}: not valid yaml: {fault[:300]}") from None
-    if not values:
-        raise ParameterError(f"{path}: must hold flat 'key: value' lines, and holds none")
-    return values
-
-
 def parameter_file(kind: Literal["studies", "runs"], name: str) -> Path:
     """params/<kind>/<name>.yaml; ParameterError where `name` is none."""
     try:
@@ -578,9 +490,10 @@ def load_study(name, **overrides):
     study = Study.build(values, f"params/studies/{name}.yaml")
     if study.study != name:
         raise ParameterError(f"{path}: its key study says {study.study!r}; it must be the file's own name")
-    for other in study.companions:
+    named = [("companions", other) for other in study.companions]
+    for key, other in [*named, *([("shuffled_study", study.shuffled_study)] if study.shuffled_study else [])]:
         if not parameter_file("studies", other).is_file():
-            raise ParameterError(f"{path}: companions names {other}, but there is no file params/studies/{other}.yaml")
+            raise ParameterError(f"{path}: {key} names {other}, but there is no file params/studies/{other}.yaml")
     for run_name in study.runs:
         run = study.run(run_name)
         if run.name != run_name:

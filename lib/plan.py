@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from lib.analysis.comparison import record_effects
 from lib.analysis.verdicts import verdicts
-from lib.params import PLAN, ParameterError
+from lib.flat_yaml import ParameterError
+from lib.params import PLAN
 from lib.state import digest
 
 # Opponents that are the same networks, looked at in another way.

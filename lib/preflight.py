@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from lib.data.store import verify_folder
+from lib.flat_yaml import ParameterError
+from lib.locks import SPARE_BYTES
 from lib.models import build_model, load_chexnet
-from lib.params import ParameterError, Run, Study, load_study
+from lib.params import Run, Study, load_study
 from lib.records import RecordError, read_json
 from lib.runs import REFUSALS, require_files
 from lib.state import verify_weights
-
-LEAST_FREE = 64 * 2**20  # bytes; the store keeps as much free beside its own
 
 
 def check_before_work(studies: Iterable[Study]) -> None:
@@ -69,9 +69,9 @@ def require_room(folder: Path) -> None:
             f"results cannot be written to {there} ({error.strerror}): make way for them, or name another folder with "
             "OUTPUTS="
         ) from None
-    if free < LEAST_FREE:
+    if free < SPARE_BYTES:
         raise ParameterError(
-            f"the disk of {there} has {free / 2**20:.0f} MiB left, and {LEAST_FREE / 2**20:.0f} MiB are the least to "
+            f"the disk of {there} has {free / 2**20:.0f} MiB left, and {SPARE_BYTES / 2**20:.0f} MiB are the least to "
             "begin with: make room, or name another folder with OUTPUTS="
         )
 

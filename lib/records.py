@@ -4,23 +4,21 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.locks import whole
-from lib.params import Study
+from lib.locks import FULL, whole
+from lib.params import Run, Study
 
 
 class RecordError(FileNotFoundError):
     """Results that are not there yet, are damaged, or cannot be written; the message names the file and the way out."""
 
 
-# A quota and a limit of a file's size are full disks too.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Who writes what is read again.
 NOTEBOOKS = {
     "run.json": "01_train",
@@ -160,13 +158,16 @@ def read_runs(study: Study, name: str, losses: Container[str] | None = None) -> 
         raise RecordError(
             f"{name} is missing in {', '.join(missing)} of {study.folder}: run notebooks 01 to 04 of these first"
         )
-    return pd.concat(
-        [
-            read_table(run.run_folder / name).assign(task=run.task, backbone=run.backbone, loss=run.loss, seed=run.seed)
-            for run in runs
-        ],
-        ignore_index=True,
-    )
+    return stack(runs, name)
+
+
+def stack(runs: Sequence[Run], name: str) -> pd.DataFrame:
+    """One table from several runs, as `read_runs`; of no runs an empty one."""
+    tables = [
+        read_table(run.run_folder / name).assign(task=run.task, backbone=run.backbone, loss=run.loss, seed=run.seed)
+        for run in runs
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def write_text(text: str, path: str | Path) -> None:

@@ -25,6 +25,7 @@ from lib.data.nih import read_names
 from lib.data.release import UNHEALTHY, ReleaseError, film_boxes, task_boxes, task_targets
 from lib.data.store import StoreError
 from lib.devices import DeviceError, choose_device
+from lib.flat_yaml import ParameterError, load, nearest, shown
 from lib.models import (
     CHEXNET_CLASSES,
     Classifier,
@@ -36,22 +37,7 @@ from lib.models import (
     load_model,
     select_output,
 )
-from lib.params import (
-    IDENTITY,
-    PRETEXT,
-    RESERVED,
-    ROOT,
-    Analysis,
-    ParameterError,
-    Run,
-    Study,
-    load,
-    load_run,
-    nearest,
-    overlaid,
-    parameter_file,
-    shown,
-)
+from lib.params import IDENTITY, PRETEXT, RESERVED, ROOT, Analysis, Run, Study, load_run, overlaid, parameter_file
 from lib.records import RecordError
 from lib.state import TrainingError, is_trained, labels_digest, require_trained, verify_weights
 

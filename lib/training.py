@@ -30,7 +30,8 @@ from lib.analysis.inference import predict
 from lib.analysis.metrics import classification_metrics
 from lib.data import open_data
 from lib.data.batches import count_batches, evaluation_batches, training_batches
-from lib.data.release import shuffled_targets, task_targets
+from lib.data.noise import learnt_targets
+from lib.data.release import task_targets
 from lib.devices import choose_device, device_name, gpu_names, hold_gpus, uses_bfloat16
 from lib.locks import exclusive
 from lib.losses import make_loss
@@ -198,8 +199,8 @@ def _fit(run, model, init, device, rank, world):
     release, store = open_data(run)
     targets, classes = task_targets(release.targets, run.task, run.no_finding_output)
     rows = {split: store.rows(split) for split in ("train", "val", "test")}
-    learnt = shuffled_targets(targets, rows["train"], run.seed) if run.shuffle_labels else targets
-    n_positive = targets[rows["train"]].sum(0, dtype=np.int64)
+    learnt = learnt_targets(release.targets, rows["train"], run)
+    n_positive = learnt[rows["train"]].sum(0, dtype=np.int64)
     criterion = make_loss(run.loss, n_positive, len(rows["train"]) - n_positive, run)
     identity = run.identity | {
         "films": store.digest,

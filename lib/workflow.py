@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lib.data import RELEASES
+from lib.flat_yaml import ParameterError
 from lib.locks import try_lock
-from lib.params import LENSES, ParameterError, Study
+from lib.params import LENSES, Study
 
 
 def check_name(key: str, folder: str) -> None:
@@ -39,10 +40,11 @@ def told(environ: Mapping[str, str]) -> tuple[str, dict[str, str | list[str]]]:
 
 def jobs_of(study: Study) -> Iterator[tuple[str, str, int]]:
     """What is to be made for a study: a rule of the Snakefile, and of a rule for runs the run and its seed ('' and 0
-    else). The further seeds of a run are compared, by 02 to 05 and 09, and no more."""
+    else). The further seeds of a run are analysed as its first."""
     asked = study.pneumonia_runs
     compared = study.comparison * study.runs
     whole = {"data": True, "figures": compared, "intention": asked, "chexnet": study.chexnet and not asked}
+    whole |= {"laboratory": study.laboratory}
     yield from ((rule, "", 0) for rule, wanted in whole.items() if wanted)
     trained = dict.fromkeys(
         [*compared, *(run.name for run in asked), *(run for key in LENSES for run in getattr(study, key))]
@@ -50,7 +52,7 @@ def jobs_of(study: Study) -> Iterator[tuple[str, str, int]]:
     each = {"train": trained, **dict.fromkeys(("metrics", "cam_alignment", "dissection"), compared)}
     yield from ((rule, run, seed) for rule, runs in each.items() for run in runs for seed in study.seeds_of(run))
     some = {key: getattr(study, key) for key in LENSES if key != "trunk_and_head"}
-    yield from ((rule, run, seed) for rule, runs in some.items() for run in runs for seed in study.seeds)
+    yield from ((rule, run, seed) for rule, runs in some.items() for run in runs for seed in study.seeds_of(run))
     changed = [study.run(run, seed) for run in study.trunk_and_head for seed in study.seeds_of(run)]
     # Where fewer runs or seeds are asked for, a BCE run may be left alone.
     yield from (("trunk_and_head", run.name, run.seed) for run in changed if len(run.siblings) > 1)

@@ -10,7 +10,7 @@ from lib.params import ROOT, Run, Study, load_study
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMED = {"study": "demo", "task": "multilabel", "backbone": "tdensenet", "loss": "focal", "seed": 0}
 BASELINE = {**NAMED, "loss": "bce"}  # what 09 takes apart are changes against it
-OF_STUDIES = {"00": "demo", "05": "demo", "08": "demo_rsna"}
+OF_STUDIES = {"00": "demo", "05": "demo", "08": "demo_rsna", "11": "dose"}
 pytestmark = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 

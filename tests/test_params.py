@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from lib import params
 from lib.data import RELEASES
-from lib.params import FREE, GRID, IDENTITY, ROOT, Data, Loss, ParameterError, Run, Study, Training, load, load_study
+from lib.flat_yaml import ParameterError, load
+from lib.params import FREE, GRID, IDENTITY, ROOT, Data, Loss, Run, Study, Training, load_study
 
 STUDIES = sorted(path.stem for path in (ROOT / "params" / "studies").glob("*.yaml"))
 RUNS = sorted(path.stem for path in (ROOT / "params" / "runs").glob("*.yaml"))

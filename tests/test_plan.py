@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib.params import PLAN, ParameterError
+from lib.flat_yaml import ParameterError
+from lib.params import PLAN
 from lib.plan import chance_spread, claimed, decide, judge, load_plan, record_claims
 
 

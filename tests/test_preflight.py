@@ -12,8 +12,9 @@ import yaml
 from safetensors.torch import save_file
 
 from lib import preflight, records
+from lib.flat_yaml import ParameterError
 from lib.models import ModelError, build_model
-from lib.params import ROOT, ParameterError, Run, load_study
+from lib.params import ROOT, Run, load_study
 from lib.preflight import check_before_work, check_results, main
 from lib.runs import OpenStudy
 from lib.state import WEIGHTS, digest, labels_digest

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from lib import params, records
 from lib.data.release import CLASSES, ReleaseError
+from lib.flat_yaml import ParameterError, load
 from lib.models import ModelError, build_model
-from lib.params import ROOT, ParameterError, Run, Study, load
+from lib.params import ROOT, Run, Study
 from lib.runs import OpenStudy, Subject, open_run, open_study
 from lib.state import TrainingError, is_trained, labels_digest, require_trained
 

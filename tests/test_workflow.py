@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from lib.params import ParameterError, Study, load_study
+from lib.flat_yaml import ParameterError
+from lib.params import Study, load_study
 from lib.workflow import check_releases, hold_outputs, jobs_of, told
 
 
@@ -111,6 +112,7 @@ def test_the_jobs_of_a_study():
     assert [job[1:] for job in jobs if job[0] == "features"] == [
         ("digits-small_cnn-bce", 0),
         ("digits-small_cnn-bce", 1),
+        ("digits-small_cnn-bce", 5),
     ]
     assert [job[0] for job in jobs if not job[1]] == ["data", "figures"]
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lib.analysis import cam
 from lib.analysis.inference import LensError, Output, is_pooled, layer_maps
 from lib.analysis.localization import METRICS, soft_overlap
-from lib.analysis.place import iou_columns, place_scores, tuned_iou
+from lib.analysis.place import by_chance, iou_columns, place_scores, tuned_iou
 from lib.analysis.statistics import mean_interval, paired_difference
 
 
 class Score(NamedTuple):
     """What is compared with chance and with another film's boxes: how it is printed, and the column that holds what a
-    map laid anywhere would have."""
+    map laid anywhere, or one of independent values, would have."""
 
     label: str
     chance: str
@@ -34,7 +34,7 @@ def scores() -> dict[str, Score]:
         f"{name}_minmax": Score(f"{score.label}, min-max", areas.get(score.chance, score.chance))
         for name, score in rectified.items()
     }
-    return rectified | signed | {"hit": Score("Hit rate", "box_area"), "auprc": Score("Pixel AUPRC", "box_area")}
+    return rectified | signed | {"hit": Score("Hit rate", "hit_chance"), "auprc": Score("Pixel AUPRC", "auprc_chance")}
 
 
 def align(
@@ -77,9 +77,9 @@ def align(
     -------
     DataFrame
         image, patient, class, (box,) n_boxes, box_area, cam_mass, a column for each of `localization.METRICS`, logit;
-        empty (1.0 where nothing is left of the rectified map), cam_mass_minmax, iobb_minmax, ior_minmax, hit, auprc and
-        iou_tuned (`place`). A row per pair, in the order of the outputs. With other boxes also <score>_other of each of
-        `scores`. Last, what they depend on: layer, method, rounding.
+        empty (1.0 where nothing is left of the rectified map), cam_mass_minmax, iobb_minmax, ior_minmax, hit, auprc,
+        iou_tuned, hit_chance and auprc_chance (`place`). A row per pair, in the order of the outputs. With other boxes
+        also <score>_other of each of `scores`. Last, what they depend on: layer, method, rounding.
 
     Raises
     ------
@@ -115,10 +115,11 @@ def align(
         sides = {"": list(chosen["boxes"])} | ({"_other": list(chosen["other"])} if against else {})
         logits = (output.logits.cpu()[position, classes].double() + added[classes]).float().numpy()
         found = [overlaps(raw, boxes, image_size, rounding).add_suffix(side) for side, boxes in sides.items()]
+        found.append(by_chance(raw.shape[1:], sides[""], image_size, rounding=rounding))
         parts.append(pd.concat([chosen[given], *found], axis=1).assign(logit=logits))
     columns = [*given, "box_area", "cam_mass", *METRICS, "logit", "empty", "cam_mass_minmax"]
     columns += [name for name in scores() if name not in METRICS]
-    columns += ["iou_tuned", *(f"{name}_other" for name in against)]
+    columns += ["iou_tuned", "hit_chance", "auprc_chance", *(f"{name}_other" for name in against)]
     if not parts:
         return pd.DataFrame(columns=columns).assign(layer=layer, method=method, rounding=rounding)
     table = pd.concat(parts, ignore_index=True)
@@ -152,9 +153,9 @@ def summary(alignment: pd.DataFrame, n_replicates: int) -> pd.DataFrame:
     -------
     DataFrame
         A row for each of `scores`, by its id: metric (as it is printed), point, low, high, n, n_skipped
-        (the mean with its interval); anywhere, what the same map would get if it were laid anywhere; other_film, what
-        it gets on the boxes of another film of the class; gain_point, gain_low, gain_high, the paired difference to
-        that.
+        (the mean with its interval); anywhere, what maps get that know nothing of the place, the mean of
+        `Score.chance`; other_film, what the same map gets on the boxes of another film of the class; gain_point,
+        gain_low, gain_high, the paired difference to that.
     """
     rows, patients = [], alignment["patient"]
     for name, score in scores().items():

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq, minimize
 from scipy.special import expit
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from lib.analysis.alignment import align
@@ -26,6 +27,7 @@ from lib.analysis.comparison import BASELINE
 from lib.analysis.inference import LensError, Output, layer_maps
 
 TOLERANCE = 1e-6  # of the largest gradient of the objective, in whitened coordinates, as a share of that at the start
+ENTRIES_A_THREAD = 2**22  # of the features
 TRAINED = "trained"  # stands where a head's objective does, for the head as training left it
 
 
@@ -55,12 +57,15 @@ class Refit(NamedTuple):
     gradient : float
         Largest entry of the gradient at the end as a share of that at the start, in whitened coordinates.
     iterations : int
+    separated : int
+        Classes whose training films it tells apart without an error, as one that learns them by heart does.
     """
 
     head: nn.Linear
     objective: float
     gradient: float
     iterations: int
+    separated: int
 
 
 def pooled_features(outputs: Iterable[Output], layer: str) -> np.ndarray:
@@ -107,9 +112,11 @@ def refit_heads(
         raise ValueError(f"need features (N, F) and targets (N, M), got {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("features or targets hold NaN or infinite values")
-    basis, mean = _whitening(x)
-    arrays = [torch.from_numpy(array) for array in ((x - mean) @ basis, y, basis, mean)]
-    return {name: _refit(*arrays, criterion, weight_decay, max_iterations) for name, criterion in criteria.items()}
+    # Threads with little to do wait for each other, on busy cores longer than they work.
+    with threadpool_limits(min(torch.get_num_threads(), 1 + x.size // ENTRIES_A_THREAD)):
+        basis, mean = _whitening(x)
+        arrays = [torch.from_numpy(array) for array in ((x - mean) @ basis, y, basis, mean)]
+        return {name: _refit(*arrays, criterion, weight_decay, max_iterations) for name, criterion in criteria.items()}
 
 
 def _refit(
@@ -138,7 +145,11 @@ def _refit(
     weight, bias = head(torch.from_numpy(found.x))
     linear.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     share = float(np.abs(found.jac).max() / steepest) if steepest else 0.0
-    return Refit(linear.requires_grad_(False), float(found.fun), share, int(found.nit))
+    white = torch.from_numpy(found.x).reshape(shape)
+    logits, inf = inputs @ white[:, :-1].T + white[:, -1], torch.inf
+    gaps = logits.where(labels > 0, inf).amin(0) - logits.where(labels == 0, -inf).amax(0)
+    separated = int(((gaps > 0) & gaps.isfinite()).sum())  # a class of one label alone has nothing to tell apart
+    return Refit(linear.requires_grad_(False), float(found.fun), share, int(found.nit), separated)
 
 
 def _whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -37,7 +37,7 @@ def _read_digits(study, on_missing, **draw):  # they come whole from the library
 def _write_phantom(study, layout):
     from lib.data.phantom.films import write_phantom
 
-    keys = {key: getattr(study, f"phantom_{key}") for key in ("size", "seed", "floor", "marker")}
+    keys = {key: getattr(study, f"phantom_{key}") for key in ("size", "seed", "floor", "marker", "prevalence")}
     write_phantom(study.release_folder, n_films=study.phantom_films, layout=layout, **keys)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.data.decoding import check_file, read_film
-from lib.locks import exclusive, spawned, write_whole
+from lib.locks import FULL, SPARE_BYTES, exclusive, spawned, write_whole
 
 if TYPE_CHECKING:  # worker processes import this module: pandas would double their start-up
     import pandas as pd
@@ -33,9 +33,7 @@ if TYPE_CHECKING:  # worker processes import this module: pandas would double th
 VERSION = 1  # of the pixels: raise it whenever the same film would be stored differently
 _CHUNK = 32  # films a worker decodes per task
 _CHECKPOINT_SECONDS = 15.0
-_SPARE_BYTES = 64 * 2**20
 _CHECKED_BYTES = 16 * 2**20  # of the pixels are held against their digests whenever a store is opened
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROGRESS = np.dtype([("signature", np.uint64), ("digest", np.uint64), ("done", bool)])
 
 
@@ -311,7 +309,7 @@ def _writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             message = f"the disk of {folder} is full; make room and open the store again: it resumes ({error.strerror})"
         else:
             at = f" at {error.filename}" if error.filename else ""
@@ -380,11 +378,11 @@ def _prepare(building: Path, size: int, signatures: np.ndarray) -> np.ndarray:
     header, needed = _header(np.uint8, shape), math.prod(shape)
     free = shutil.disk_usage(building).free
     message = (
-        f"the store needs {needed / 2**30:.2f} GiB in {building}, and {_SPARE_BYTES // 2**20} MiB to spare, where "
+        f"the store needs {needed / 2**30:.2f} GiB in {building}, and {SPARE_BYTES // 2**20} MiB to spare, where "
         f"{free / 2**30:.2f} GiB are free; make room (an older images.npy in {building.parent} may be deleted) or "
         "choose another folder"
     )
-    if free < needed + _SPARE_BYTES:
+    if free < needed + SPARE_BYTES:
         raise StoreError(message)
     try:
         with open(images, "xb") as file:
@@ -394,7 +392,7 @@ def _prepare(building: Path, size: int, signatures: np.ndarray) -> np.ndarray:
             file.truncate(len(header) + needed)
             file.write(header)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             images.unlink()
             raise StoreError(f"{message} ({error.strerror})") from error
         raise

@@ -9,6 +9,7 @@ on, and prints it at the foot.
 # ruff: noqa: F401
 
 from lib.figures.attribution import attribution_grid, iou_by_threshold, randomisation, share_dots
+from lib.figures.dose import channel_responses, convergence, dose_response
 from lib.figures.features import (
     activation_distribution,
     class_boxes,

@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from lib.analysis.relevance.sanity import BOUND
+from lib.analysis.relevance.sanity import OTHER_FILM
 from lib.figures.style import (
-    DASHED,
     GREY,
     INK,
     LIGHT_RIM,
@@ -219,27 +218,31 @@ def share_dots(means: pd.DataFrame, *, data_label: str) -> Figure:
 
 @STYLE
 def randomisation(means: pd.DataFrame, *, data_label: str) -> Figure:
-    """Maps while the network is made random from the head down, held against the trained network's: SSIM and rank
-    correlation, a panel each, by stage; with 95 % intervals.
+    """Maps while the network is made random from the head down, held against the trained network's: SSIM, rank
+    correlation and its size, a panel each, by stage; with 95 % intervals.
 
-    `means` : of `relevance.sanity.likeness_means`, in the order of the stages. A method whose line stays above the
-    dashed bound draws the film, not what was learnt.
+    `means` : of `relevance.sanity.likeness_means`, in the order of the stages, the last of which is the wholly random
+    network's map of another film: a method whose line stays far above that draws the film, not what was learnt.
     """
     stages, methods = list(dict.fromkeys(means["against"])), present(METHODS, means["method"])
     figure, handles = new_figure(2.75, data_label), []
-    for ax, (name, title) in zip(figure.subplots(1, 2), {"ssim": "SSIM", "rank": "Rank correlation"}.items()):
+    titles = {"ssim": "SSIM", "rank": "Rank correlation", "abs_rank": "Size of the rank correlation"}
+    axes = figure.subplots(1, 3)
+    axes[0].set_ylabel("Likeness to the trained\nnetwork's map")
+    for ax, (name, title) in zip(axes, titles.items()):
         for m, method in enumerate(methods):
             rows, style = means[means["method"] == method], METHOD_STYLES.get(method, _OTHER)
             x = rows["against"].map(stages.index) + 0.12 * (m - (len(methods) - 1) / 2)
             ax.vlines(x, rows[f"{name}_low"], rows[f"{name}_high"], color=style["color"], linewidth=0.9)
-            label = METHODS.get(method, method)
-            handles += ax.plot(x, rows[name], markersize=3.8, markeredgewidth=0, label=label, **style)
+            label, cascade = METHODS.get(method, method), rows["against"] != OTHER_FILM
+            handles += ax.plot(x[cascade], rows[name][cascade], markersize=3.8, markeredgewidth=0, label=label, **style)
+            ax.plot(x[~cascade], rows[name][~cascade], markersize=3.8, markerfacecolor="white", **style)
         ax.axhline(0, color=INK, linewidth=0.6, zorder=1)
-        ax.set_xticks(range(len(stages)), [stage_name(stage) for stage in stages], rotation=40, ha="right")
-        ax.set(title=f"{title} with the trained network's maps", ylim=(min(0, *ax.get_ylim()), 1.03))
-        ax.set_xlabel("made random down to here, from the head on", fontsize=7.5)
+        ax.set_xticks(range(len(stages)), [stage_name(stage) for stage in stages], rotation=60, ha="right")
+        ax.set(title=title, ylim=(min(0, *ax.get_ylim()), 1.03))
+        ax.set_xlabel("made random down to here", fontsize=7.5)
         grid(ax, "y")
-    bound = f"bound ({BOUND:g}): above it maps count as unchanged"
-    handles.append(ax.axhline(BOUND, label=bound, **DASHED))
+    hollow = {"marker": "o", "markerfacecolor": "white", "linestyle": "none", "color": GREY, "markersize": 3.8}
+    handles.append(Line2D([], [], label="random network's map of another film", **hollow))
     legend(figure, [*handles, Line2D([], [], color=GREY, linewidth=0.9, label="95 % interval")])
     return figure

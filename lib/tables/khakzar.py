@@ -137,7 +137,7 @@ def caption(table: pd.DataFrame, interval: str) -> str:
         cells = f"{len(skipped)} cell{'s' if len(skipped) > 1 else ''}"
         reason = " (an empty map has no IoR)" if number == 1 else ""
         parts.append(f"In {cells} up to {int(skipped['n_skipped'].max())} are undefined and left out{reason}.")
-    paper = f"then the value of {_PAPER}, Table {number} (full NIH ChestX-ray14)"
+    paper = f"then, where it has that loss, the value of {_PAPER}, Table {number} (full NIH ChestX-ray14)"
     parts.append(f"Under each mean its 95 % interval ({interval}), {paper}.")
     if have["value"].size < len(table):
         parts.append(f"{MISSING}: no such run.")
@@ -153,7 +153,8 @@ def _number(table: pd.DataFrame) -> int:
 
 
 def _lines(table: pd.DataFrame) -> tuple[list[list[str]], list[tuple[str, list[str]]]]:
-    """The lines of headings, and the printed lines, three a loss: mean (its label between **), interval, paper."""
+    """The lines of headings, and the printed lines, three a loss: mean (its label between **), interval, paper; no
+    third where the paper has none."""
     spec = _TABLES[_number(table)]
     columns = list(dict.fromkeys(table[["task", "backbone", "metric"]].itertuples(index=False, name=None)))
     names = enumerate(("Task", "Classifier", "Metric"))
@@ -163,7 +164,8 @@ def _lines(table: pd.DataFrame) -> tuple[list[list[str]], list[tuple[str, list[s
         rows = [cells.loc[(task, backbone, loss, metric)] for task, backbone, metric in columns]
         lines.append((f"**{display(loss)}**", [number_text(row["value"], spec["decimals"]) for row in rows]))
         lines.append(("95 % interval", [bounds_text(row["ci_low"], row["ci_high"], spec["decimals"]) for row in rows]))
-        lines.append(("paper", [number_text(row["paper"], spec["paper_decimals"]) for row in rows]))
+        if any(pd.notna(row["paper"]) for row in rows):
+            lines.append(("paper", [number_text(row["paper"], spec["paper_decimals"]) for row in rows]))
     return head, lines
 
 

@@ -1,12 +1,13 @@
 """What the controls of Nam & Lee's methods say, in words, every number from a frame."""
 
-import numpy as np
 import pandas as pd
 
-from lib.analysis.relevance.sanity import BOUND
+from lib.analysis.lens_effects import metric_of
+from lib.analysis.relevance.sanity import OTHER_FILM
 from lib.tables.layout import number_text
 from lib.tables.nam_lee import METHODS
 from lib.tables.names import display
+from lib.tables.verdicts import answer
 
 
 def stage_name(stage: str) -> str:
@@ -16,86 +17,80 @@ def stage_name(stage: str) -> str:
 
 
 def place_table(means: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
-    """Means of `sanity.place_means` of two networks as they are shown: a row per method and network, a column a score,
-    and the chance of hit and AUPRC beneath."""
-    names = {"this run": means, "untrained": untrained}
+    """Means of `sanity.place_means` of two networks as they are shown: a row per method and network, and the chance of
+    hit and AUPRC, a column a score."""
+    names = {"this run": means, "untrained": untrained, "chance": means.assign(value=means["chance"])}
     wide = pd.concat(
         {name: frame.pivot(index="method", columns="score", values="value") for name, frame in names.items()}
     ).swaplevel()
     wide.index = [f"{METHODS.get(method, method)}, {name}" for method, name in wide.index]
-    scores = list(dict.fromkeys(means["score"]))
-    chance = means.drop_duplicates("score").set_index("score")["chance"].rename("chance")
-    return pd.concat([wide[scores].sort_index(), chance[scores].to_frame().T]).rename(columns=display)
+    return wide[list(dict.fromkeys(means["score"]))].sort_index().rename(columns=display)
 
 
-def place_sentences(means: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
+def place_sentences(means: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
     """LRP and RAP against CAM by scores that no constant and no scale can move: a Markdown paragraph a method, of
-    `sanity.place_means` and `place_differences`."""
+    `sanity.place_means` and the effects against 'cam' of `lens_effects.relevance_effects`."""
     value, out = means.set_index(["method", "score"])["value"], []
-    for method, rows in differences[differences["against"] == "cam"].groupby("method", sort=False):
+    effects = effects.set_index("metric")
+    for method in (name for name in METHODS if name != "cam" and name in value):
         parts = [
-            f"{display(row.score)} {value[method, row.score]:.3f} against {value['cam', row.score]:.3f} "
-            f"({_difference(row)}: {_direction(row)})"
-            for row in rows.itertuples()
+            f"{display(score)} {value[method, score]:.3f} against {value['cam', score]:.3f} "
+            f"({_difference(effects.loc[metric_of(score, method)])})"
+            for score in value[method].index
         ]
-        out.append(f"**{METHODS.get(method, method)} against CAM, by place**: {'; '.join(parts)}.")
+        out.append(f"**{METHODS[method]} against CAM, by place**: {'; '.join(parts)}.")
     return out
 
 
-def control_sentences(bar: pd.DataFrame, differences: pd.DataFrame, likeness: pd.DataFrame) -> list[str]:
-    """What the controls say of each method: a Markdown paragraph a method.
+def lens_sentences(judged: pd.DataFrame, likeness: pd.DataFrame) -> list[str]:
+    """Whether each method sees what was learnt, by the claims of the plan, and what happens to its maps where weights
+    are random: a Markdown paragraph a method.
 
-    `bar` : of `sanity.bar`. `differences` : of `sanity.place_differences`. `likeness` : of `sanity.likeness_means`, to
-    the maps of other networks by kind ('untrained', 'another seed', 'another backbone').
+    Parameters
+    ----------
+    judged : DataFrame
+        Of `plan.judge`: the claims on pixel AUPRC against 'untrained' and 'other_film'.
+    likeness : DataFrame
+        Of `sanity.likeness_means`: to the maps of the same network with every weight random ('untrained'), to such maps
+        of 'another film', and of other networks by kind ('another seed', 'another backbone').
     """
-    other = differences[(differences["against"] == "other_film") & (differences["score"] == "auprc")]
-    other, out = other.set_index("method"), []
-    for row in bar.itertuples():
-        gain = pd.Series({"difference": row.gain, "ci_low": row.gain_low, "ci_high": row.gain_high})
-        text = f"**{METHODS.get(row.method, row.method)} {'FAILS' if row.fails else 'is not shown to fail'}.** "
-        text += f"Pixel AUPRC over the untrained network: {_difference(gain)}, on {row.n} pairs: "
-        text += f"{_UNTRAINED[row.untrained]}. "
-        film = other.loc[row.method]
-        text += f"Over another film's boxes: {_difference(film)}, {_FILM[_direction(film)]}. "
-        if row.random == "unknown":
-            text += "No stable map of the random network: it is not known whether its maps would change. "
-        else:
-            fell = f"at most {BOUND:g} once {stage_name(row.forgotten)} is random" if row.forgotten else ""
-            text += (
-                f"With every weight random its maps keep a rank correlation of {row.rank:.2f} with the trained "
-                f"network's ({fell or f'never below {BOUND:g}'}): {_RANDOM[row.random]}. "
-            )
-        kin = likeness[likeness["method"] == row.method].set_index("against")["rank"]
-        said = [f"{kin[name]:.2f} of {name}" for name in kin.index if name != "untrained"]
-        floor = number_text(kin.get("untrained", np.nan), 2)
-        text += (
-            f"Likeness to the maps (rank correlation) {' and '.join(said)}, {floor} of the untrained network."
-            if said
-            else "No other seed or backbone of this run is trained: repeatability and reproducibility are unknown."
-        )
-        out.append(text)
+    out = []
+    for method, rows in ((name, judged[judged["metric"] == metric_of("auprc", name)]) for name in METHODS):
+        if not len(rows):
+            continue
+        said = next(text for outcome, text in _OUTCOMES.items() if outcome in set(rows["outcome"]))
+        cells = [
+            f"over {_OPPONENTS[row['against']]} {_difference(row)}, {_answer(row)}, on {row['n_patients']:.0f} patients"
+            for _, row in rows.iterrows()
+        ]
+        alike = likeness[likeness["method"] == method].set_index("against")
+        ranks = [f"{_MAPS.get(name, name)} {_ranks(alike.loc[name])}" for name in alike.index]
+        ranks += [] if len(ranks) > len(_MAPS) else [_ALONE]
+        said_of_maps = f"Rank correlation of its maps with those of {'; '.join(ranks)}."
+        out.append(f"**{METHODS[method]} {said}.** Pixel AUPRC {'; '.join(cells)}. {said_of_maps}")
     return out
 
 
-_UNTRAINED = {
-    "fails": "it does not tell what was learnt from nothing learnt",
-    "passes": "it tells them apart",
-    "unknown": "no interval, so nothing is known",
+# The first that any claim has.
+_OUTCOMES = {
+    "contradicted": "FAILS",
+    "undecided": "is neither shown to see what was learnt nor to fail",
+    "holds": "sees what was learnt",
 }
-_RANDOM = {"fails": "they are pictures of the film, not of what was learnt", "passes": "they depend on what was learnt"}
-_FILM = {
-    "higher": "so it looks at this film",
-    "lower": "so it lies rather where such lesions are on other films",
-    "not told apart": "so what it knows of the place may be anatomy alone",
-    "no interval": "so nothing is known",
-}
+_MAPS = {"untrained": "the same network with every weight random (one draw)", OTHER_FILM: "that for another film"}
+_ALONE = "no other seed or backbone of this run is trained: repeatability and reproducibility are unknown"
+_OPPONENTS = {"untrained": "the untrained network", "other_film": "another film's boxes"}
+
+
+def _answer(row) -> str:
+    if row["verdict"] == "undecided":
+        return f"undecided ({number_text(row['detectable'], 3)} could have been shown)"
+    return f"equivalent (within {row['margin']:g})" if row["verdict"] == "equivalent" else answer(row)
+
+
+def _ranks(row) -> str:
+    return f"{number_text(row['rank'], 2)} (size {number_text(row['abs_rank'], 2)})"
 
 
 def _difference(row) -> str:
-    return f"{row.difference:+.3f} [{number_text(row.ci_low, 3)}, {number_text(row.ci_high, 3)}]"
-
-
-def _direction(row) -> str:
-    if not (np.isfinite(row.ci_low) and np.isfinite(row.ci_high)):
-        return "no interval"
-    return "higher" if row.ci_low > 0 else "lower" if row.ci_high < 0 else "not told apart"
+    return f"{row['point']:+.3f} [{number_text(row['low'], 3)}, {number_text(row['high'], 3)}]"

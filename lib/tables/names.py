@@ -14,7 +14,10 @@ METRICS = {
     **{name: metric.label for name, metric in localization.METRICS.items()},
     **{name: score.label for name, score in alignment.scores().items()},
     **{"disjoint": "Disjoint", "unique": "Unique"},
-    **{"iou_tuned": "IoU, tuned threshold", "empty": "Empty maps"},
+    **{"iou_tuned": "IoU, tuned threshold", "empty": "Empty maps", "ior_zero": "IoR, empty maps as 0"},
+    **{f"auprc_{method}": f"Pixel AUPRC of {method.upper()}" for method in ("lrp", "rap")},
+    **{f"iou_tuned_{method}": f"IoU of {method.upper()}, tuned threshold" for method in ("lrp", "rap")},
+    **{"consistency_gradpp": "Grad++'s correlation with the logit", "auroc_principal": "AUROC, principal features"},
 }
 # What stands in the place of a loss, or of BCE, where a control or a rival does.
 CONTROLS = {
@@ -22,6 +25,11 @@ CONTROLS = {
     "shuffled": "BCE, shuffled labels",
     "other_film": "BCE, boxes of another film",
     "shifted_bce": "BCE and a constant",
+    "trunk": "no part of the trunk",
+    "head": "no part of the head",
+    "cam": "CAM",
+    "individual_scale": "scales of their own",
+    "all_features": "all features",
 }
 MISSING = "—"
 

@@ -98,10 +98,15 @@ def _sentence(row: pd.Series) -> str:
 def readings_markdown(means: pd.DataFrame, caption: str) -> str:
     """Every reading of the maps as a Markdown table: a row a run or control, a column a score.
 
-    `means` : of `comparison.record_means`, with the scores in the order of the columns.
+    `means` : of `comparison.record_means`, with the scores in the order of the columns. Where some pairs have no score
+    the number of those that have follows it.
     """
     keys, scores = ["task", "backbone", "loss"], list(dict.fromkeys(means["metric"]))
-    values = means.set_index([*keys, "metric"])["value"]
+    cells = means.set_index([*keys, "metric"])
+    text = cells["value"].map(lambda value: number_text(value, 3))
+    text += (" (" + cells["n"].map("{:,}".format) + ")").where(cells["n_skipped"] > 0, "")
     runs = means[keys].drop_duplicates().itertuples(index=False, name=None)
-    lines = [[*map(display, run), *(number_text(values[(*run, score)], 3) for score in scores)] for run in runs]
+    lines = [[*map(display, run), *(text[(*run, score)] for score in scores)] for run in runs]
+    if (cells["n_skipped"] > 0).any():
+        caption += " In brackets: of so many pairs, the others have no such score."
     return markdown([["Task", "Classifier", "Loss", *map(display, scores)], *lines], caption, n_labels=3)

@@ -11,7 +11,7 @@ from lib.analysis.dissection.concepts import concept_records, dissect
 from lib.analysis.inference import Output, stream
 from lib.analysis.localization import METRICS, Metric
 from lib.analysis.pairs import box_pairs, with_other_boxes
-from lib.analysis.place import place_scores
+from lib.analysis.place import by_chance, place_scores
 from lib.analysis.statistics import mean_interval, paired_difference
 from tests.analysis import reference_cam, reference_localization
 from tests.analysis.dissection import reference_dissection
@@ -196,7 +196,7 @@ def test_alignment_equals_a_loop_over_pairs(study, method, rounding):
     pairs = box_pairs(films, boxes, CLASSES)
     table = align(outputs(study), pairs, model.head, layer="trunk", image_size=SIZE, method=method, rounding=rounding)
     columns = "image patient class n_boxes box_area cam_mass iobb ior iou logit empty cam_mass_minmax iobb_minmax"
-    columns += " ior_minmax hit auprc iou_tuned layer method rounding"
+    columns += " ior_minmax hit auprc iou_tuned hit_chance auprc_chance layer method rounding"
     assert list(table.columns) == columns.split()
     assert (table[["layer", "method", "rounding"]] == ["trunk", method, rounding]).all(axis=None)
     assert len(table) == len(pairs)
@@ -222,6 +222,8 @@ def test_alignment_equals_a_loop_over_pairs(study, method, rounding):
         np.testing.assert_allclose(signed, [*expected[:2], expected[4]], rtol=1e-4, atol=1e-6)
         place = place_scores(raw[None], [pair["boxes"]], SIZE, rounding=rounding)
         assert (found.hit, found.auprc) == pytest.approx(tuple(place.loc[0, ["hit", "auprc"]]), abs=1e-4, nan_ok=True)
+        chance = by_chance(raw.shape, [pair["boxes"]], SIZE, rounding=rounding).loc[0]
+        assert (found.hit_chance, found.auprc_chance) == pytest.approx(tuple(chance), nan_ok=True)
 
 
 @pytest.mark.parametrize(("method", "rounding"), [("cam", "outward"), ("gradpp", "trunc")])
@@ -286,7 +288,7 @@ def test_summary_by_hand(study):
     found = summary(table, 50)
     labels = ["IoBB", "IoR", "IoBB, min-max", "IoR, min-max", "Hit rate", "Pixel AUPRC"]
     assert found["metric"].to_list() == labels
-    chances = {"iobb": "cam_mass", "iobb_minmax": "cam_mass_minmax"}
+    chances = {"iobb": "cam_mass", "iobb_minmax": "cam_mass_minmax", "hit": "hit_chance", "auprc": "auprc_chance"}
     for name, chance in ((name, chances.get(name, "box_area")) for name in found.index):
         row, mean = found.loc[name], mean_interval(table[name], table["patient"], 50)
         assert row[["point", "low", "high", "n", "n_skipped"]].tolist() == [*mean[:4], mean.n_skipped]

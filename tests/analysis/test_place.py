@@ -7,7 +7,7 @@ import torch
 
 from lib.analysis.cam import resize
 from lib.analysis.localization import box_mask
-from lib.analysis.place import SHARES, iou_columns, place_scores, tuned_iou
+from lib.analysis.place import DRAWS, SHARES, by_chance, iou_columns, place_scores, tuned_iou
 
 BOXES = [[(3, 4, 20, 31)], [(0, 0, 9, 9), (5, 5, 30, 12.5)], [(30.2, 1.7, 39.9, 38.1)], [(-5, 10, 60, 30)]]
 
@@ -67,6 +67,35 @@ def test_a_constant_map_has_the_scores_of_chance():
     area = box_mask(BOXES[0], 40).mean()
     assert found["hit"][0] == pytest.approx(area) and found["auprc"][0] == pytest.approx(area)
     assert (found[iou_columns()] == 0).all(axis=None)
+
+
+@pytest.mark.parametrize(("grid", "rounding"), [((4, 4), "outward"), ((3, 5), "trunc"), ((1, 1), "outward")])
+def test_chance_is_the_mean_over_maps_that_know_nothing(grid, rounding):
+    """One map for each cell that may be the largest, and the very maps that are drawn; their ties count as they do in
+    the scores."""
+    found = by_chance(grid, [*BOXES, []], 40, rounding=rounding)
+    cells = torch.eye(grid[0] * grid[1]).reshape(-1, *grid)
+    drawn = torch.from_numpy(np.random.default_rng(0).standard_normal((DRAWS, *grid)))
+    for row, boxes in enumerate(BOXES):
+        hits = place_scores(cells, [boxes] * len(cells), 40, rounding=rounding)["hit"]
+        precisions = place_scores(drawn, [boxes] * DRAWS, 40, rounding=rounding)["auprc"]
+        assert found.loc[row].tolist() == pytest.approx([hits.mean(), precisions.mean()], abs=1e-12)
+        if grid == (1, 1):
+            assert found.loc[row].tolist() == pytest.approx([box_mask(boxes, 40).mean()] * 2, abs=1e-12)
+    assert found.loc[len(BOXES)].isna().all() and len(by_chance(grid, [], 40)) == 0
+
+
+def test_other_random_maps_reach_the_chance_that_is_stated_and_not_the_share_of_the_film():
+    rng, size = np.random.default_rng(5), 66
+    corners = rng.uniform(0, 44, (60, 2))
+    boxes = [[(x, y, x + width, y + height)] for (x, y), (width, height) in zip(corners, rng.uniform(8, 22, (60, 2)))]
+    stated, n = by_chance((4, 4), boxes, size).mean(), 24
+    draws = (torch.from_numpy(rng.normal(size=(60, 4, 4))) for _ in range(n))
+    reached = [place_scores(maps, boxes, size)[["hit", "auprc"]].mean() for maps in draws]
+    reached, area = np.array(reached), np.mean([box_mask(one, size).mean() for one in boxes])
+    error = reached.std(axis=0, ddof=1) / np.sqrt(n)
+    assert abs(reached[:, 0].mean() - stated["hit_chance"]) < 4 * error[0]
+    assert abs(reached[:, 1].mean() - stated["auprc_chance"]) < 0.006 < 0.02 < stated["auprc_chance"] - area
 
 
 def test_boxes_without_area_have_no_score_and_no_pairs_no_rows():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info
 from torch import nn
 
 from lib.analysis.alignment import align
@@ -94,6 +95,37 @@ def test_fewer_films_than_features_converge_too(loss):
     assert found.gradient < 2e-6
     logits = x @ found.head.weight.double().numpy().T + found.head.bias.double().numpy()
     assert ((logits > 0) == y).all()
+
+
+def test_classes_learnt_by_heart_are_counted():
+    x, y = data(seed=6)
+    y[:, 1] = x[:, 0] > 1
+    y[:, 2] = 0  # nothing to tell apart
+    criteria = {loss: criterion("bce", y) for loss in ("bce", "again")}
+    assert [found.separated for found in refit_heads(x, y, criteria, weight_decay=1e-8).values()] == [1, 1]
+    wide = np.random.default_rng(0).normal(size=(50, 60))
+    assert refit_head(wide, y[:50, :1], criterion("bce", y[:50, :1]), weight_decay=1e-6).separated == 1
+
+
+def test_small_fits_run_in_one_thread_and_the_caller_keeps_its_own():
+    """BLAS and OpenMP alike: eigh of 512 features waits eight seconds for its threads where others have the cores."""
+    (x, y), before, seen = data(), torch.get_num_threads(), []
+
+    def watched(logits, targets):
+        seen.append(max(torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())))
+        if len(seen) > 3:
+            raise RuntimeError("stop")
+        return criterion("bce", y)(logits, targets)
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            refit_head(x, y, watched, weight_decay=1e-4)
+        assert seen == [1] * 4 and torch.get_num_threads() == 2
+        refit_head(x, y, criterion("bce", y), weight_decay=1e-4, max_iterations=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_features_that_are_all_dead_leave_the_bias():

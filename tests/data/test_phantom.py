@@ -20,10 +20,18 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
 from lib import locks
+from lib.data.nih import read_release
 from lib.data.phantom import files
 from lib.data.phantom import films as phantom
 from lib.data.phantom.anatomy import Scene, draw_anatomy
-from lib.data.phantom.films import label_sets, read_lesion_masks, read_lung_mask, read_marker_mask, write_phantom
+from lib.data.phantom.films import (
+    film_without,
+    label_sets,
+    read_lesion_masks,
+    read_lung_mask,
+    read_marker_mask,
+    write_phantom,
+)
 from lib.data.phantom.signs import SIGNS, render_film
 from lib.data.release import CLASSES, FINDINGS, ReleaseError
 
@@ -767,3 +775,77 @@ def test_a_linear_probe_on_raw_pixels_does_not_solve_it(release, entries):
     scores = Ridge(1000).fit(pixels[~test], targets[~test]).predict(pixels[test])
     auroc = [roc_auc_score(targets[test, k], scores[:, k]) for k in range(len(FINDINGS))]
     assert np.mean(auroc) < 0.75
+
+
+# doses, and films without their lesion
+
+
+@pytest.fixture(scope="module")
+def thinned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantom")
+    for prevalence in (0.5, 0.2):
+        write_phantom(folder / f"{prevalence}", n_films=450, size=64, seed=3, prevalence=prevalence, workers=1)
+    return {prevalence: folder / f"{prevalence}" for prevalence in (0.5, 0.2)}
+
+
+def test_a_prevalence_takes_findings_from_training_films_alone(release, thinned):
+    """What a film loses it loses whole, at every smaller share too; all other files are the same to the byte."""
+    before, entries = contents(release), pd.read_csv(release / "Data_Entry_2017.csv", index_col=False)
+    test = entries["Image Index"].isin((release / "test_list.txt").read_text().split())
+    lost = {}
+    for prevalence, root in thinned.items():
+        after = pd.read_csv(root / "Data_Entry_2017.csv", index_col=False)
+        changed = after["Finding Labels"] != entries["Finding Labels"]
+        assert not changed[test].any() and (after.loc[changed, "Finding Labels"] == "No Finding").all()
+        sick = ~test & (entries["Finding Labels"] != "No Finding")
+        assert 1 - changed[sick].mean() == pytest.approx(prevalence, abs=0.12)
+        lost[prevalence] = set(entries.loc[changed, "Image Index"])
+        gone = {f"{folder}/{name}" for folder in ("images", "masks") for name in lost[prevalence]}
+        other = {name for name, data in contents(root).items() if data != before[name]}
+        assert gone - {"masks/" + name for name in lost[prevalence]} <= other
+        assert other <= gone | {"Data_Entry_2017.csv", "phantom.json"}
+        assert json.loads((root / "phantom.json").read_text())["prevalence"] == prevalence
+    assert lost[0.5] < lost[0.2]
+    assert "prevalence" not in json.loads((release / "phantom.json").read_text())  # what was written before stands
+
+
+@pytest.mark.parametrize("prevalence", [0, -0.1, 1.5, "half", None, float("nan")])
+def test_a_prevalence_out_of_range_is_refused(tmp_path, prevalence):
+    with pytest.raises(ValueError, match="prevalence is .*: it must lie above 0 and be at most 1"):
+        write_phantom(tmp_path, n_films=20, size=64, seed=0, prevalence=prevalence)
+    with pytest.raises(ValueError, match="and 1 for 'rsna'"):
+        write_phantom(tmp_path, n_films=20, size=64, seed=0, prevalence=0.5, layout="rsna")
+
+
+def test_a_film_drawn_without_what_it_does_not_carry_is_the_film(release):
+    films = read_release(release).films
+    for row in films.index[::40]:
+        absent = next(name for name in FINDINGS if name not in films.loc[row, "labels"].split("|"))
+        film, alone = film_without(release, films, row, absent)
+        np.testing.assert_array_equal(film, cv2.imread(films.loc[row, "path"], cv2.IMREAD_UNCHANGED))
+        assert alone
+
+
+def test_a_film_without_its_finding_differs_by_the_finding_alone(release):
+    films, shares = read_release(release).films, []
+    for row in films.index[films["labels"] != "No Finding"][::6]:
+        before = cv2.imread(films.loc[row, "path"], cv2.IMREAD_UNCHANGED).astype(float)
+        for name, mask in read_lesion_masks(release, films.loc[row, "image"]).items():
+            after, alone = film_without(release, films, row, name)
+            changed = np.abs(before - after)
+            near = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9))).astype(bool)
+            if name == "Emphysema":
+                assert not alone  # it shapes the thorax
+            elif name != "Cardiomegaly":
+                assert alone and changed[mask].mean() > 3, name
+                shares.append((changed[near] ** 2).sum() / (changed**2).sum())
+    assert len(shares) > 30 and np.mean(shares) > 0.98 and min(shares) > 0.8
+
+
+def test_what_cannot_be_drawn_anew_is_refused(release, marked, rsna):
+    films = read_release(release).films
+    with pytest.raises(ValueError, match="'No Finding' is no finding"):
+        film_without(release, films, 0, "No Finding")
+    for root in (marked, rsna):
+        with pytest.raises(ReleaseError, match="no phantom in NIH's layout without a marker"):
+            film_without(root, films, 0, "Mass")

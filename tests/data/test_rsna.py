@@ -584,7 +584,7 @@ def study_of(root: Path, release: str, **changes) -> SimpleNamespace:
     parameters = {"release": release, "data_root": "", "folder": root, "release_folder": root / "release"}
     parameters |= {"store_folder": root / "store", "store_size": 32, "validation_fraction": 0.25}
     parameters |= {"skip_bad_films": False, "phantom_films": 32, "phantom_size": 64, "phantom_seed": 0}
-    parameters |= {"phantom_floor": 0.035, "phantom_marker": ""}
+    parameters |= {"phantom_floor": 0.035, "phantom_marker": "", "phantom_prevalence": 1.0}
     return SimpleNamespace(**(parameters | changes))
 
 

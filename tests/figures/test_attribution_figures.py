@@ -209,19 +209,23 @@ def test_share_dots_of_parts():
 
 
 def test_maps_of_a_network_that_is_made_random():
-    stages, methods = ["none", "head", "trunk.layer4", "trunk.0"], ["lrp", "cam"]
+    stages, methods = ["none", "head", "trunk.layer4", "trunk.0", "another film"], ["lrp", "cam"]
     frame = pd.DataFrame([(stage, method) for stage in stages for method in methods], columns=["against", "method"])
-    rank = np.array([1, 1, 0.9, 0.2, 0.8, np.nan, 0.7, -0.3])
-    for name, value in (("ssim", rank**2), ("rank", rank)):
+    rank = np.array([1, 1, 0.9, 0.2, 0.8, np.nan, 0.7, -0.3, 0.1, -0.1])
+    for name, value in (("ssim", rank**2), ("rank", rank), ("abs_rank", np.abs(rank))):
         frame = frame.assign(**{name: value, f"{name}_low": value - 0.05, f"{name}_high": value + 0.05})
     figure = figures.randomisation(frame, data_label=LABEL)
     found = drawn(figure)
     assert {"CAM", "LRP", "95 % interval", "trained", "head", "layer4", "trunk.0"} <= found
-    assert any(text.startswith("bound (0.5)") for text in found)
-    ssim, ranks = figure.axes
+    assert "random network's map of another film" in found
+    ssim, ranks, sizes = figure.axes
     assert "SSIM" in ssim.get_title() and "Rank correlation" in ranks.get_title()
     lines = {line.get_label(): line for line in ranks.lines}
-    np.testing.assert_array_equal(lines["CAM"].get_ydata(), rank[1::2])
-    np.testing.assert_array_equal(lines["LRP"].get_ydata(), rank[0::2])
+    np.testing.assert_array_equal(lines["CAM"].get_ydata(), rank[1:8:2])
+    np.testing.assert_array_equal(lines["LRP"].get_ydata(), rank[0:8:2])
+    hollow = [line for line in ranks.lines if line.get_markerfacecolor() == "white"]
+    assert [(line.get_ydata()[0], round(line.get_xdata()[0])) for line in hollow] == [(-0.1, 4), (0.1, 4)]
+    sizes_of = {line.get_label(): line for line in sizes.lines}
+    np.testing.assert_array_equal(sizes_of["CAM"].get_ydata(), np.abs(rank[1:8:2]))
     assert lines["CAM"].get_color() == "#4d4d4d" and ranks.get_ylim()[0] < -0.3 <= 1 < ranks.get_ylim()[1]
     assert np.abs(lines["LRP"].get_xdata() - np.arange(4)).max() < 0.3

@@ -156,6 +156,16 @@ def test_other_losses_and_backbones_are_appended():
     assert "3 seeds a run" in text
 
 
+def test_the_paper_has_no_line_beside_what_it_does_not_have():
+    results = paper_as_results(1)
+    control = results[results["loss"] == "bce"].assign(loss="untrained")
+    table = tables.table1(pd.concat([results, control]), data_label=PHANTOM)
+    lines = [line for line in tables.to_markdown(table, interval=INTERVAL).splitlines() if line.startswith("|")]
+    labels = [line.split("|")[1].strip() for line in lines]
+    assert labels[-5:] == ["**CB-Focal**", "95 % interval", "paper", "**Untrained**", "95 % interval"]
+    assert tables.to_latex(table, interval=INTERVAL).count("paper &") == 4
+
+
 @pytest.mark.parametrize("drop", [0, 5, 31])
 def test_latex_is_well_formed(drop):
     results = paper_as_results(1).iloc[drop:]

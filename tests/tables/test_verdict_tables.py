@@ -89,8 +89,12 @@ def test_readings_have_a_row_a_run_and_a_column_a_score():
         [("multilabel", "tdensenet", loss, metric, value) for loss, metric, value in
          [("bce", "empty", 0.5), ("bce", "hit", 0.25), ("untrained", "empty", 0.0), ("untrained", "hit", np.nan)]],
         columns=["task", "backbone", "loss", "metric", "value"],
-    )  # fmt: skip
+    ).assign(n=1230, n_skipped=0)  # fmt: skip
     lines = tables.readings_markdown(means, "Below.").splitlines()
     assert lines[0].split("|")[4].strip() == "Empty maps" and "Hit rate" in lines[0]
     assert "0.500" in lines[2] and "0.250" in lines[2] and "Untrained" in lines[3] and "—" in lines[3]
     assert "Below." in lines
+    means.loc[1, "n_skipped"], means["metric"] = 5, means["metric"].replace({"empty": "ior_zero", "hit": "ior"})
+    text = tables.readings_markdown(means, "Below.")
+    assert "IoR, empty maps as 0" in text and "0.250 (1,230)" in text and text.count("(1,230)") == 1
+    assert "Below. In brackets: of so many pairs" in text

@@ -322,6 +322,15 @@ def _interval(
     return tuple(np.percentile(drawn, [2.5, 97.5])) if len(drawn) else (np.nan, np.nan)
 
 
+def replicate_correlations(x: ArrayLike, y: ArrayLike, weights: np.ndarray, patient: np.ndarray) -> np.ndarray:
+    """Pearson correlation of x and y (N,) under each weighting of patients (R, P), float64 (R,); NaN where one of them
+    is constant. `patient` : int (N,), of each film, see `statistics.Replicates`."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    step = max(1, _REPLICATES // len(x))
+    blocks = (weights[start : start + step, patient] for start in range(0, len(weights), step))
+    return np.concatenate([_weighted_correlation(x, y, block.astype(np.float64)) for block in blocks])
+
+
 def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Pearson correlation under each row of weights (R, N), of x and y (N,) or (R, N); NaN where one of them is
     constant."""

@@ -318,9 +318,10 @@ def control(
     train = survey(view, evenly(train_rows, n_films), methods, size=size)
     sums = activation_sums(view, test_rows, selected, train.scales(kind, bounds), size, kind=kind)
     choices = principal_and_others(select_features(train.importance["grad"].all, share), exclusive)
+    logits = logits_with(view, test_rows, choices)
     return (
         consistency_table(sums, patients, n_replicates),
-        masked_performance(view, test_rows, choices, selected, patients[test_rows], exclusive, n_replicates),
+        masked_performance(view, test_rows, logits, choices, selected, patients[test_rows], exclusive, n_replicates),
     )
 
 

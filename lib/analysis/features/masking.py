@@ -246,6 +246,7 @@ def principal_and_others(masks: np.ndarray, exclusive: bool) -> dict[str, np.nda
 def masked_performance(
     view: View,
     rows: np.ndarray,
+    logits: Mapping[str, np.ndarray],
     choices: Mapping[str, np.ndarray],
     selected: int,
     patients: Sequence,
@@ -256,8 +257,10 @@ def masked_performance(
 
     Parameters
     ----------
+    logits : mapping of a name to float (N, M)
+        Of `logits_with`, of these films and choices.
     choices : mapping of a name to 0/1 (F,) or (M, F)
-        Such as of `principal_and_others`, see `logits_with`.
+        Such as of `principal_and_others`.
     selected : int
         The class.
     patients : (N,)
@@ -273,13 +276,13 @@ def masked_performance(
         several independent labels a rare one is nearly always right, so there is none.
     """
     table, classes, targets = [], view.classes, view.targets[rows]
-    for name, logits in logits_with(view, rows, choices).items():
-        found = classification_metrics(logits, targets, classes, patients, n_replicates=n_replicates)
+    for name, values in logits.items():
+        found = classification_metrics(values, targets, classes, patients, n_replicates=n_replicates)
         score = found.set_index("class").loc[classes[selected], ["auroc", "auroc_ci_low", "auroc_ci_high"]].to_dict()
         if exclusive:
-            score["accuracy"] = (logits.argmax(1) == targets.argmax(1)).mean()
+            score["accuracy"] = (values.argmax(1) == targets.argmax(1)).mean()
         elif len(classes) == 1:
-            score["accuracy"] = ((logits[:, 0] > 0) == targets[:, 0]).mean()
+            score["accuracy"] = ((values[:, 0] > 0) == targets[:, 0]).mean()
         kept = {"features": name, "n_features": np.atleast_2d(choices[name]).sum(1).max(), "n": len(targets)}
         table.append({"class": classes[selected], **kept, **score})
     return pd.DataFrame(table)

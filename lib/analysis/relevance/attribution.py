@@ -18,7 +18,7 @@ from lib.analysis import cam
 from lib.analysis.alignment import pooled_maps
 from lib.analysis.inference import stream
 from lib.analysis.localization import THRESHOLDS, positive_part, threshold_iou
-from lib.analysis.place import iou_columns, place_scores, tuned_iou
+from lib.analysis.place import by_chance, iou_columns, place_scores, tuned_iou
 from lib.analysis.relevance.heatmaps import conservation, heatmaps
 from lib.analysis.statistics import mean_intervals
 
@@ -27,6 +27,7 @@ READINGS = ("mean_iou", "iou_lesion")
 # What a table says of a map itself, and so not of one that was refused.
 _OF_MAPS = "iou_lesion iou_background mean_iou mask_area share enrichment empty hit auprc hit_other auprc_other".split()
 _OF_MAPS += iou_columns()
+CHANCE = ("hit_chance", "auprc_chance")
 
 
 class Attributed(NamedTuple):
@@ -114,8 +115,9 @@ def attribute(
         refused; its IoUs and mask_area are NaN); last, what they depend on: layer, cam_method, rounding, init.
     place : DataFrame
         A row per pair and method: the same keys, box_area, empty (1.0 where nothing of the map is above 0), hit, auprc
-        and iou_tuned of `analysis.place` (its threshold is tuned by method, over these pairs), with other boxes
-        hit_other and auprc_other, logit, stable; last the same.
+        and iou_tuned of `analysis.place` (its threshold is tuned by method, over these pairs), hit_chance and
+        auprc_chance (of maps of CAM's grid that know nothing, see `place.by_chance`; of relevance, of independent
+        pixels: box_area), with other boxes hit_other and auprc_other, logit, stable; last the same.
 
     Raises
     ------
@@ -132,6 +134,9 @@ def attribute(
             ious = threshold_iou(films, boxes, image_size, thresholds, inclusive=inclusive, **options)
             scores = place_scores(maps, boxes, image_size, **options)
             scores["empty"] = (maps <= 0).flatten(1).all(1).double().cpu().numpy()
+            coarse = maps.shape[1] < image_size
+            area = ious.groupby("pair")[["box_area", "box_area"]].first().to_numpy()
+            scores[list(CHANCE)] = by_chance(maps.shape[1:], boxes, image_size, **options) if coarse else area
             if others:
                 scores[others] = place_scores(maps, list(chosen["other"]), image_size, **options)[["hit", "auprc"]]
             return ious.join(scores, on="pair")
@@ -140,11 +145,11 @@ def attribute(
 
     keys = ["image", "patient", *_pair_keys(pairs)[1:], "method"]
     values = "threshold iou_lesion iou_background mean_iou empty_mask_iou box_area mask_area logit stable".split()
-    scores = ["box_area", "empty", "hit", "auprc", "iou_tuned", *others, "logit", "stable"]
+    scores = ["box_area", "empty", "hit", "auprc", "iou_tuned", *CHANCE, *others, "logit", "stable"]
     of_cam, relevance = {"layer": layer, "cam_method": cam_method}, {"init": init, **rules}
     options = {"image_size": image_size, "rectify": False, **of_cam, **relevance}
     streamed = streamed_maps(model, batches, pairs, methods, **options)
-    columns = [*keys, *values, "empty", "hit", "auprc", *others, *iou_columns()]
+    columns = [*keys, *values, "empty", "hit", "auprc", *CHANCE, *others, *iou_columns()]
     table = measured(streamed, measure, pairs[keys[:-1]], columns)
     place = table[table["threshold"] == thresholds[0]].reset_index(drop=True)
     place["iou_tuned"] = np.nan

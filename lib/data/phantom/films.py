@@ -10,7 +10,8 @@ weights fitted so that every total comes out right.
 A few thousand films would leave rare findings without test films. So `write_phantom` enriches, on purpose: in each
 split, films without a finding are given a set that holds the rare finding (drawn from the same distribution, given that
 finding) until it reaches a floor (`FLOOR`) of the films. The imbalance stays: No Finding is near half, the rarest
-findings are a few percent.
+findings are a few percent. `prevalence` takes the findings of some training films away again, and nothing else: every
+dose of imbalance has the same patients, and the same test films to the pixel.
 
 RSNA's films are drawn from NIH's, one a patient, with other shares: a film counts as positive if it carries Pneumonia,
 and label sets are drawn from the distribution above given the film's class.
@@ -34,7 +35,7 @@ from lib.data.phantom.anatomy import burn_marker, draw_anatomy
 from lib.data.phantom.files import NEITHER, NORMAL, OPACITY
 from lib.data.phantom.signs import render_film
 from lib.data.release import BOX_PIXELS, CLASSES, FINDINGS, NO_FINDING, PNEUMONIA, ReleaseError
-from lib.data.writing import write_once
+from lib.data.writing import read_parameters, write_once
 from lib.locks import spawned
 
 # Films of the 112,120 that carry no finding, exactly this finding, exactly this pair, this finding at all, and this
@@ -163,11 +164,23 @@ def _draw_rsna(n_films: int, seed: int, rng: np.random.Generator) -> pd.DataFram
     return pd.DataFrame(rows, columns="image findings kind foci patient follow_up age sex view detector".split())
 
 
+def _film_draws(films: pd.DataFrame, seed: int, stream: int) -> np.ndarray:
+    """A uniform number a film from a stream of its own, float64 (N,)."""
+    keys = zip(films["patient"], films["follow_up"])
+    return np.array([np.random.default_rng((seed, *key, stream)).random() for key in keys])
+
+
+def _thinned(films: pd.DataFrame, prevalence: float, seed: int) -> pd.DataFrame:
+    """Films of which the share `prevalence` of the training films keep their findings; those that keep them at one
+    share do so at every larger one."""
+    kept = films["test"] | (_film_draws(films, seed, 96) < prevalence)
+    return films.assign(findings=films["findings"].where(kept, pd.Series([()] * len(films), films.index)))
+
+
 def _marked(films: pd.DataFrame, marker: str, seed: int) -> list[bool]:
     """Which films carry the marker that is planted in the class `marker`."""
     planted = [marker in (found or (NO_FINDING,)) for found in films["findings"]]
-    keys = zip(films["patient"], films["follow_up"])
-    drawn = [np.random.default_rng((seed, patient, film, 98)).random() for patient, film in keys]
+    drawn = _film_draws(films, seed, 98)
     return [bool(marker) and one < (MARKED if here else MARKED_OTHERS) for one, here in zip(drawn, planted)]
 
 
@@ -226,7 +239,17 @@ def _write_patients(films: pd.DataFrame, **arguments) -> list[tuple]:
 
 
 def _write(
-    anew: bool, *, root: Path, n_films: int, size: int, seed: int, floor: float, layout: str, marker: str, workers: int
+    anew: bool,
+    *,
+    root: Path,
+    n_films: int,
+    size: int,
+    seed: int,
+    floor: float,
+    layout: str,
+    marker: str,
+    prevalence: float,
+    workers: int,
 ) -> None:
     """Write everything but phantom.json; with `anew` what is there is of another phantom. See `write_phantom`."""
     if anew:
@@ -247,7 +270,7 @@ def _write(
     if layout == "rsna":
         films = _draw_rsna(n_films, seed, rng)
     else:
-        films = _enrich(_draw_films(n_films, rng), floor, rng).assign(foci=1)
+        films = _thinned(_enrich(_draw_films(n_films, rng), floor, rng), prevalence, seed).assign(foci=1)
     films["marked"] = _marked(films, marker, seed)
     chunks = [group for _, group in films.groupby(films["patient"] // 8)]
     task = partial(_write_patients, root=root, size=size, seed=seed, layout=layout)
@@ -277,6 +300,7 @@ def write_phantom(
     floor: float = FLOOR,
     layout: str = "nih",
     marker: str = "",
+    prevalence: float = 1.0,
     workers: int | None = None,
 ) -> None:
     """Write a simulated release, with exact masks of lesions, lungs and marker.
@@ -300,6 +324,8 @@ def write_phantom(
     layout : 'nih' or 'rsna'
     marker : a finding or 'No Finding': a planted confounder. A technician's letter is burnt into 90 % of the films of
     this class and 2 % of the others, beside the shoulder; the rest of each film is as without it. Empty: none
+    prevalence : layout 'nih': share of the training films with findings that keep them, in (0, 1]; the others are drawn
+    without, and all else of the release, test films and masks included, is as at 1
     workers : processes; default one per core, one for fewer than 200 films
 
     Raises
@@ -317,15 +343,59 @@ def write_phantom(
             raise ValueError(f"{name} is {value!r:.80}: it must be a whole number from {least} to {most}")
     if not isinstance(floor, Real) or not 0 <= floor <= 0.1:
         raise ValueError(f"floor is {floor!r:.80}: it must lie between 0 and 0.1")
+    if not isinstance(prevalence, Real) or not 0 < prevalence <= 1 or (prevalence < 1 and layout != "nih"):
+        raise ValueError(f"prevalence is {prevalence!r:.80}: it must lie above 0 and be at most 1, and 1 for 'rsna'")
     for name, value, known in (("layout", layout, tuple(files.FOLDERS)), ("marker", marker, ("", *CLASSES))):
         if value not in known:
             raise ValueError(f"{name} is {value!r:.80}: it must be {' or '.join(map(repr, known))}")
     root, n_films, size, seed = Path(root), int(n_films), int(size), int(seed)
     parameters = {"format": 2, "n_films": n_films, "size": size, "seed": seed}
     parameters |= {"layout": layout, "marker": marker} | ({"floor": float(floor)} if layout == "nih" else {})
+    parameters |= {"prevalence": float(prevalence)} if prevalence < 1 else {}  # one written before it was known stands
     arguments = {"root": root, "layout": layout, "n_films": n_films, "marker": marker}
-    write = partial(_write, **arguments, size=size, seed=seed, floor=float(floor), workers=workers)
+    drawn = {"size": size, "seed": seed, "floor": float(floor), "prevalence": float(prevalence)}
+    write = partial(_write, **arguments, **drawn, workers=workers)
     write_once(root, "a phantom", parameters, partial(files.is_complete, **arguments), write)
+
+
+def film_without(root: str | Path, films: pd.DataFrame, row: int, finding: str) -> tuple[np.ndarray, bool]:
+    """A film of the release as it would be without one of its findings, drawn anew: the same patient, exposure and
+    noise, all other findings kept.
+
+    Parameters
+    ----------
+    root : folder of `write_phantom`, layout 'nih', without a marker
+    films : `Release.films` of all its films
+    row : of the film, in `films`
+    finding : a finding; one that the film does not carry leaves it as it is
+
+    Returns
+    -------
+    film : uint8 (size, size)
+    alone : bool, whether no other lesion and no lung changed by a pixel, so that the two films differ by the finding
+    alone; where the finding shapes the anatomy others may have moved with it
+
+    Raises
+    ------
+    ValueError : a finding or film that does not exist
+    lib.data.release.ReleaseError : a file of the phantom is missing or damaged
+    """
+    root, film = Path(root), films.loc[row]
+    if finding not in FINDINGS:
+        raise ValueError(f"{finding!r} is no finding: choose from {', '.join(FINDINGS)}")
+    drawn = read_parameters(root / "phantom.json") or {}
+    if drawn.get("layout") != "nih" or drawn.get("marker"):
+        raise ReleaseError(f"{root} holds no phantom in NIH's layout without a marker: write one there")
+    first = films[films["patient"] == film["patient"]].sort_values("follow_up").iloc[0]
+    patient = int(film["patient"])
+    anatomy = draw_anatomy(np.random.default_rng((drawn["seed"], patient)), first["age"], first["sex"])
+    findings = frozenset(film["labels"].split("|")) - {finding, NO_FINDING}
+    key = (drawn["seed"], patient, int(film["follow_up"]))
+    shown = {"view": film["view"], "findings": findings, "size": drawn["size"], "key": key}
+    pixels, lesions, lungs = render_film(anatomy, **shown)
+    before = read_lesion_masks(root, film["image"])
+    same = [np.array_equal(mask, before.get(name, ~mask)) for name, mask in lesions.items() if mask.any()]
+    return pixels, all(same) and np.array_equal(lungs, read_lung_mask(root, film["image"]))
 
 
 def read_lesion_masks(root: str | Path, image: str) -> dict[str, np.ndarray]:

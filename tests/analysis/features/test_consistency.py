@@ -274,3 +274,16 @@ def test_methods_that_perturb_the_film_join_on_a_few_films(monkeypatch):
     scales = module.survey(seen, ROWS[[0, 2, 4]], ["score"], size=9, keep=True).scales()
     expected = module.activation_sums(seen, ROWS[[2, 4, 6]], 1, scales, 9)
     np.testing.assert_allclose(slow["activation"], expected["activation"])
+
+
+def test_pearson_of_films_drawn_again_is_that_of_the_films_repeated(monkeypatch):
+    x, y = pairs(20)["heavy"]
+    patients = np.arange(20) // 2
+    draws = patient_replicates(patients, 15, 0)
+    found = module.replicate_correlations(x, y, draws.counts, draws.patient)
+    for value, counts in zip(found, draws.counts, strict=True):
+        films = np.repeat(np.arange(20), counts[draws.patient])
+        assert value == pytest.approx(np.corrcoef(x[films], y[films])[0, 1])
+    monkeypatch.setattr(module, "_REPLICATES", 4 * 20)  # four at a time
+    np.testing.assert_array_equal(module.replicate_correlations(x, y, draws.counts, draws.patient), found)
+    assert np.isnan(module.replicate_correlations(np.ones(20), y, draws.counts, draws.patient)).all()

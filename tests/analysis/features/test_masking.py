@@ -210,8 +210,8 @@ def test_masked_performance_is_that_of_the_logits(n_classes, exclusive):
     choices = {"all": np.ones((n_classes, 8)), "principal": np.arange(8) < 3}
     names, patients, selected = ["a", "b", "c"][:n_classes], np.arange(N) // 2, n_classes - 1
     seen = view(case, layer="trunk", targets=targets, classes=names)
-    table = masking.masked_performance(seen, ROWS, choices, selected, patients, exclusive, 50)
     logits = masking.logits_with(seen, ROWS, choices)
+    table = masking.masked_performance(seen, ROWS, logits, choices, selected, patients, exclusive, 50)
     targets = targets[ROWS]
     assert table["features"].tolist() == ["all", "principal"] and table["n_features"].tolist() == [8, 3]
     assert (table["n"] == N).all() and (table["class"] == names[selected]).all()

@@ -12,10 +12,10 @@ from sklearn.metrics import average_precision_score
 from lib.analysis.alignment import align
 from lib.analysis.inference import stream
 from lib.analysis.pairs import with_other_boxes
-from lib.analysis.place import iou_columns, place_scores, tuned_iou
+from lib.analysis.place import by_chance, iou_columns, place_scores, tuned_iou
 from lib.analysis.relevance import attribution, sanity
 from lib.analysis.relevance.attribution import attribute, pair_heatmaps
-from lib.analysis.statistics import mean_interval, paired_difference
+from lib.analysis.statistics import mean_interval
 from tests.analysis import reference_cam, reference_localization
 from tests.analysis.relevance.small_study import SIZE, N, batches, made_up, slow_map
 from tests.toys import quartered
@@ -48,8 +48,10 @@ def tables(study):
 
 def test_place_equals_a_loop_over_pairs(study, tables):
     pairs, place = tables
-    columns = "image patient class method box_area empty hit auprc iou_tuned hit_other auprc_other logit stable layer"
-    assert list(place) == [*columns.split(), "cam_method", "rounding", "init"]
+    columns = (
+        "image patient class method box_area empty hit auprc iou_tuned hit_chance auprc_chance hit_other auprc_other"
+    )
+    assert list(place) == [*columns.split(), "logit", "stable", "layer", "cam_method", "rounding", "init"]
     assert len(place) == 3 * len(pairs) and place["stable"].all()
     rows = iter(place.itertuples())
     for pair in pairs.itertuples():
@@ -62,7 +64,9 @@ def test_place_equals_a_loop_over_pairs(study, tables):
                 top = map_ > map_.max() - 1e-6 * np.ptp(map_)
                 assert hit == pytest.approx(inside[top].mean())
                 assert auprc == pytest.approx(average_precision_score(inside.ravel(), map_.ravel()), abs=2e-3)
-            assert row.box_area == reference_localization.drawn(pair.boxes, SIZE, "outward").mean()
+            area = reference_localization.drawn(pair.boxes, SIZE, "outward").mean()
+            chance = by_chance((6, 6), [pair.boxes], SIZE).iloc[0] if method == "cam" else (area, area)
+            assert row.box_area == area and (row.hit_chance, row.auprc_chance) == pytest.approx(tuple(chance))
 
 
 def test_the_threshold_is_tuned_by_method(study, tables):
@@ -124,32 +128,8 @@ def test_means_by_method_and_score(tables):
         assert (row.value, row.ci_low, row.ci_high, row.n) == pytest.approx(
             (expected.point, expected.low, expected.high, expected.n)
         )
-        chance = part["box_area"].mean() if row.score in ("hit", "auprc") else np.nan
+        chance = part[f"{row.score}_chance"].mean() if row.score in ("hit", "auprc") else np.nan
         assert row.chance == pytest.approx(chance, nan_ok=True)
-
-
-def test_differences_to_cam_to_an_untrained_network_and_to_other_boxes(study, tables):
-    pairs, place = tables
-    bare = attribute(quartered(4, seed=9), batches(study), pairs.drop(columns="other"), **OPTIONS).place
-    place.loc[4, "auprc"] = np.nan
-    found = sanity.place_differences(place, bare.sample(frac=1, random_state=0), n_replicates=50, seed=1)
-    assert found.groupby("against").size().to_dict() == {"cam": 8, "untrained": 12, "other_film": 6}
-    by = {method: place[place["method"] == method].reset_index(drop=True) for method in METHODS}
-    for row in found.itertuples():
-        mine = by[row.method]
-        other = {
-            "cam": by["cam"][row.score],
-            "untrained": bare[bare["method"] == row.method][row.score],
-            "other_film": mine.get(f"{row.score}_other"),
-        }[row.against]
-        expected = paired_difference(mine[row.score], other, mine["patient"], 50, 1)
-        assert (row.difference, row.ci_low, row.ci_high, row.n) == pytest.approx(
-            (expected.point, expected.low, expected.high, expected.n), nan_ok=True
-        )
-    with pytest.raises(ValueError, match="the same pairs and methods"):
-        sanity.place_differences(place, bare.iloc[1:], n_replicates=0)
-    with pytest.raises(ValueError, match="see with_other_boxes"):
-        sanity.place_differences(bare, bare, n_replicates=0)
 
 
 # --- maps held against each other
@@ -186,6 +166,9 @@ def test_likeness_of_maps_pair_by_pair(study):
     expected = mean_interval(part["rank"], part["patient"], 40)
     row = means.loc[("a seed", "cam")]
     assert (row["rank"], row["rank_low"]) == pytest.approx((expected.point, expected.low))
+    expected = mean_interval(part["rank"].abs(), part["patient"], 40)
+    assert (row["abs_rank"], row["abs_rank_high"]) == pytest.approx((expected.point, expected.high))
+    assert row["ssim"] == pytest.approx(part["ssim"].mean())
     assert not len(sanity.map_likeness(one, {"a seed": []}, few))
 
 
@@ -198,45 +181,29 @@ def test_randomised_from_the_head_down_to_the_fresh_network(study, monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     np.testing.assert_array_equal(maps, pair_heatmaps(model, films, few, **SIGNED)[0])
     stages = list(dict.fromkeys(alike["against"]))
-    assert stages[:2] == ["none", "head"] and len(stages) > 2
+    assert stages[:2] == ["none", "head"] and len(stages) > 3 and stages[-1] == "another film"
     np.testing.assert_allclose(alike.loc[alike["against"] == "none", ["ssim", "rank"]], 1)
-    last = alike[alike["against"] == stages[-1]].reset_index(drop=True)
-    expected = sanity.map_likeness(maps, {stages[-1]: [pair_heatmaps(fresh, films, few, **SIGNED)[0]]}, few)
+    last = alike[alike["against"] == stages[-2]].reset_index(drop=True)
+    random = pair_heatmaps(fresh, films, few, **SIGNED)[0]
+    expected = sanity.map_likeness(maps, {stages[-2]: [random]}, few)
     pd.testing.assert_frame_equal(last, expected)
     assert (last["rank"] < 0.999).all()
+    elsewhere = alike[alike["against"] == stages[-1]].reset_index(drop=True)
+    expected = sanity.map_likeness(maps, {stages[-1]: [random[[3, 0, 1, 2]]]}, few)
+    pd.testing.assert_frame_equal(elsewhere, expected)
     _, same = sanity.randomised(model, model, films, few, methods=["cam"], **OPTIONS)
-    np.testing.assert_allclose(same[["ssim", "rank"]], 1)
+    np.testing.assert_allclose(same.loc[same["against"] != stages[-1], ["ssim", "rank"]], 1)
 
 
-# --- the bar
-
-
-def differences(lows):
-    rows = [("untrained", method, "auprc", low + 0.05, low, low + 0.1, 30) for method, low in lows.items()]
-    rows += [("untrained", method, "hit", -1, -2, -0.5, 30) for method in lows]
-    return pd.DataFrame(rows, columns="against method score difference ci_low ci_high n".split())
-
-
-def stages(ranks):
-    rows = [
-        (stage, method, rank)
-        for method, values in ranks.items()
-        for stage, rank in zip(("none", "head", "trunk.a"), values)
-    ]
-    return pd.DataFrame(rows, columns=["against", "method", "rank"])
-
-
-def test_the_bar():
-    ranks = {"cam": (1, 0.4, 0.1), "lrp": (1, 0.9, 0.8), "rap": (1, 0.9, 0.5), "none": (1, np.nan, np.nan)}
-    lows = {"cam": 0.01, "lrp": 0.01, "rap": 0.0, "none": np.nan}
-    bar = sanity.bar(differences(lows), stages(ranks)).set_index("method")
-    assert bar["untrained"].to_dict() == {"cam": "passes", "lrp": "passes", "rap": "fails", "none": "unknown"}
-    assert bar["random"].to_dict() == {"cam": "passes", "lrp": "fails", "rap": "passes", "none": "unknown"}
-    assert bar["fails"].to_dict() == {"cam": False, "lrp": True, "rap": True, "none": False}
-    assert bar["forgotten"].to_dict() == {"cam": "head", "lrp": "", "rap": "trunk.a", "none": ""}
-    assert bar.loc["cam", ["gain", "gain_low", "gain_high", "n", "rank"]].tolist() == pytest.approx(
-        [0.06, 0.01, 0.11, 30, 0.1]
-    )
+def test_maps_that_are_turned_over_are_alike_and_cancel():
+    """The mean of the signed correlation calls a network's maps forgotten that are the same, red for blue, for half of
+    the films."""
+    maps = np.random.default_rng(0).normal(size=(4, 1, 16, 16)).astype(np.float32)
+    few = pd.DataFrame({"image": list("abcd"), "class": "Mass", "patient": list("abcd")})
+    turned = maps * np.array([1, -1, 1, -1], np.float32)[:, None, None, None]
+    alike = sanity.map_likeness(maps, {"random": [turned]}, few, ["lrp"])
+    means = sanity.likeness_means(alike, n_replicates=20).iloc[0]
+    assert means["rank"] == pytest.approx(0, abs=1e-12) and means["abs_rank"] == pytest.approx(1)
 
 
 def test_no_batch_is_lost(study):

@@ -1,0 +1,109 @@
+"""What of a study's results goes into git: `python -m lib.reference STUDY`, or `make reference STUDY=…`.
+
+outputs/reference/<study>/ holds its tables, the figures on which no film is seen, and provenance.json: what they were
+made from, on what machine, in what time. README's tables of results are made of these files (`result_table`), and a
+test holds both together.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib import records
+from lib.params import ROOT, ParameterError, Study, load_study
+from lib.plan import load_plan
+from lib.tables.layout import long_metrics, number_text
+from lib.tables.names import display
+
+FOLDER = ROOT / "outputs" / "reference"
+# No file that names single films or patients, and no picture of one.
+OF_STUDY = ("tables/performance.csv", "tables/table1_*", "tables/table2_*", "tables/differences_to_bce.csv")
+OF_STUDY += ("tables/verdicts.*", "tables/claims.csv", "tables/null.csv", "figures/fig2_performance.png")
+OF_RUN = ("table2_*", "fig_*_by_threshold.png", "fig_randomisation.png", "relevance_verdicts.csv")
+OF_RUN += ("trunk_head_parts.csv", "fig_trunk_and_head.png", "importance_*.csv")
+KINDS = (".csv", ".md", ".png")
+LIMIT = 2_500_000  # bytes a study
+
+
+def files(study: Study) -> Iterator[tuple[Path, Path]]:
+    """Each result of the study that goes into git, and its place in the study's folder of reference results."""
+    for pattern in OF_STUDY:
+        for path in sorted(study.folder.glob(pattern)):
+            yield path, Path(path.name)
+    for run in study.every_run:
+        for pattern in OF_RUN:
+            for path in sorted(run.run_folder.glob(pattern)):
+                yield path, Path(f"{run.name}-seed{run.seed}", path.name)
+
+
+def provenance(study: Study) -> dict:
+    """What the results were made from: parameters, plan, films, and by run the commit, machine, times and last loss."""
+    runs = {f"{run.name}/seed{run.seed}": records.read_json(run.run_folder / "run.json") for run in study.every_run}
+    first = next(iter(runs.values()))
+    changed = {key: value for key, value in study.model_dump().items() if value != Study.model_fields[key].default}
+    kept = ("commit", "plan", "started", "finished", "train_seconds", "device", "best_epoch", "best_val_auroc")
+    made = {name: {key: run[key] for key in kept if key in run} for name, run in runs.items()}
+    return {
+        "study": study.study,
+        "data": study.data_label,
+        "parameters": {key: value for key, value in changed.items() if key != "data_root"},
+        "films": first["films"],
+        "films_digest": first["identity"]["films"],
+        "versions": first.get("versions", {}),
+        "plan_today": load_plan().digest,
+        "train_seconds": round(sum(run["train_seconds"] for run in made.values())),
+        "runs": made,
+    }
+
+
+def collect(study: Study) -> Path:
+    """Copy the results of a study to its folder of reference results, whose former contents go.
+
+    Raises
+    ------
+    ParameterError
+        05 has not been run, or the results are larger than what git should hold.
+    """
+    chosen = [(path, place) for path, place in files(study) if path.suffix in KINDS]
+    if not (study.folder / "tables" / "verdicts.csv").is_file():
+        raise ParameterError(f"{study.folder} holds no tables/verdicts.csv: run make study STUDY={study.study} first")
+    size = sum(path.stat().st_size for path, _ in chosen)
+    if size > LIMIT:
+        raise ParameterError(f"{size / 1e6:.1f} MB of results; at most {LIMIT / 1e6:.1f} MB of a study go into git")
+    told, folder = provenance(study), FOLDER / study.study
+    shutil.rmtree(folder, ignore_errors=True)
+    for path, place in chosen:
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / place)
+    records.write_json(told, folder / "provenance.json")
+    return folder
+
+
+def result_table(folder: Path, task: str = "multilabel") -> str:
+    """Macro AUROC, mean probability, IoBB and IoR of a task's runs, a row a loss, as README prints them.
+
+    `folder` : that of `collect`.
+    """
+    performance, overlap = (pd.read_csv(folder / name) for name in ("performance.csv", "table1_alignment.csv"))
+    average = performance[performance["class"] == "Average"]
+    values = pd.concat([long_metrics(average, ("auroc", "mean_probability")), overlap])
+    values = values[values["task"] == task].set_index(["backbone", "loss", "metric"])["value"]
+    backbones, losses = (values.index.unique(level) for level in ("backbone", "loss"))
+    columns = [(backbone, name) for backbone in backbones for name in ("auroc", "mean_probability", "iobb", "ior")]
+    rows = [["", *(f"{display(backbone)}: {display(name)}" for backbone, name in columns)]]
+    rows.append(["---", *["---:"] * len(columns)])
+    for loss in losses:
+        found = (values.get((backbone, loss, name), np.nan) for backbone, name in columns)
+        rows.append([display(loss), *(number_text(value, 3) for value in found)])
+    return "\n".join(f"|{'|'.join(row)}|" for row in rows)
+
+
+if __name__ == "__main__":
+    try:
+        print(collect(load_study(*sys.argv[1:2])))
+    except ParameterError as error:
+        sys.exit(str(error))
