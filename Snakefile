@@ -155,7 +155,7 @@ use rule notebook as figures with:
         lambda wildcards: of_runs(wildcards.study, "run.json", "predictions.parquet"),
         lambda wildcards: of_runs(wildcards.study, "metrics.csv", "cam_alignment.parquet", "concepts.parquet"),
         lambda wildcards: products(wildcards.study, of=("attribution", "features", "trunk_and_head")),
-        **notebook_of_study("05_figures")
+        "params/plan.yaml", **notebook_of_study("05_figures")
     output:
         multiext(f"{OUT}/tables/", "null.csv", "verdicts.csv", "verdicts.md", "claims.csv", "performance.csv"),
         multiext(f"{OUT}/tables/table1_readings", ".csv", ".md"),
@@ -166,7 +166,7 @@ use rule notebook as figures with:
     threads: 16  # cut to what --cores allows
 
 use rule notebook as attribution with:
-    input: lambda wildcards: of_runs(wildcards.study, "run.json"), **notebook_of_run("06_attribution")
+    input: lambda w: of_runs(w.study, "run.json"), "params/plan.yaml", **notebook_of_run("06_attribution")
     output: multiext(f"{RUN}/", "attribution.parquet", "place.parquet", "place_untrained.parquet")
     log: f"{RUN}/06_attribution.ipynb"
     params: given=lambda wildcards: given(wildcards) + " -p chexnet ''"

@@ -52,7 +52,16 @@ def gather(plan: Plan, study: Study, *, n_replicates: int) -> pd.DataFrame:
 
 def controls(study: Study, alignment: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """Alignment and concepts of what the BCE runs are set against, by the plan's name for it: the untrained networks,
-    the boxes of another film, and, where that study's results are there, networks trained on shuffled labels."""
+    the boxes of another film, and, where that study's results are there, networks trained on shuffled labels. None of
+    a study without a BCE run.
+
+    Raises
+    ------
+    RecordError
+        The shuffled study differs in more than its labels.
+    """
+    if not any(run.loss == BASELINE for run in study.every_run):
+        return {}
     bare = (records.read_runs(study, f"{name}_untrained.parquet", [BASELINE]) for name in ("cam_alignment", "concepts"))
     other = records.read_runs(study, "concepts_other_film.parquet", [BASELINE])
     found = {"untrained": tuple(bare), "other_film": (elsewhere(alignment), other)}
@@ -60,6 +69,12 @@ def controls(study: Study, alignment: pd.DataFrame) -> dict[str, tuple[pd.DataFr
         shuffled = load_study(study.shuffled_study, data_root=study.data_root)
         tables = _made(shuffled, shuffled.runs, "cam_alignment", "concepts")
         found |= {"shuffled": tuple(tables)} if all(map(len, tables)) else {}
+        own, other = (one.every_run[0].identity | {"shuffle_labels": None, "seed": None, "loss": None} for one in
+                      (study, shuffled))  # fmt: skip
+        if "shuffled" in found and (apart := [key for key in own if own[key] != other[key] and key != "backbone"]):
+            raise records.RecordError(
+                f"{study.shuffled_study} is no control of {study.study}: {', '.join(apart)} differ"
+            )
     return found
 
 

@@ -2,6 +2,7 @@
 had without their lesions. What was measured is kept in the run's folder."""
 
 import hashlib
+import json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,21 +22,22 @@ from lib.data.batches import evaluation_batches
 from lib.data.decoding import decode_film
 from lib.data.phantom.films import film_without
 from lib.data.release import NO_FINDING
-from lib.params import load_study
+from lib.params import Analysis, Run, load_study
 from lib.runs import OpenStudy, Subject
 from lib.state import require_trained
 
 RANKED, PLACED = (
     ("auroc", "ap", "mean_probability"),
-    ("iobb", "ior", "empty", "iobb_minmax", "ior_minmax", "hit", "auprc"),
+    ("iobb", "ior_zero", "empty", "iobb_minmax", "ior_minmax", "hit", "auprc"),
 )
 
 
 def doses(data: OpenStudy) -> list[OpenStudy]:
     """A study and its companions, opened, in the order of its file; the study alone where other runs are asked for than
     its file names."""
-    others = [] if "runs" in data.changed else map(load_study, data.study.companions)
-    return [data, *map(OpenStudy, others)]
+    given = {key: getattr(data.study, key) for key in data.changed - {"study"}}
+    others = [] if "runs" in given else [load_study(name, **given) for name in data.study.companions]
+    return [data, *(OpenStudy(study, changed=data.changed) for study in others)]
 
 
 def dose_of(data: OpenStudy) -> dict[str, object]:
@@ -115,8 +117,9 @@ def measure(subject: Subject, pairs: pd.DataFrame, lesions: list[np.ndarray], wi
     Returns
     -------
     DataFrame
-        metric, value: auroc, ap and mean_probability, averaged over the classes; means over the pairs of the columns
-        of `alignment.align`; disjoint and unique, means over the annotated films; and `causal.causal_summary`.
+        metric, value: auroc, ap and mean_probability, averaged over the classes; means over all pairs of the columns
+        of `alignment.align`, and ior_zero, in which an empty map has IoR 0, so that runs are compared over the same
+        pairs; disjoint and unique, means over the annotated films; and `causal.causal_summary`.
     """
     run, model, layer, rows = subject.run, subject.model, subject.layer, subject.rows("test")
     logits, patients = predict(model, subject.batches(rows)), subject.films.loc[rows, "patient"].to_numpy()
@@ -124,6 +127,7 @@ def measure(subject: Subject, pairs: pd.DataFrame, lesions: list[np.ndarray], wi
     ranked = ranked.set_index("class").loc["Average", list(RANKED)]
     options = {"layer": layer, "image_size": run.image_size, "method": run.cam_method, "rounding": run.box_rounding}
     aligned = align(subject.outputs(subject.pairs["row"].unique(), layer), subject.pairs, model.head, **options)
+    aligned["ior_zero"] = aligned["ior"].where(aligned["empty"] == 0, 0.0)
     dissection, present, absent = dissected(subject, pairs, lesions, without)
     found = [ranked, aligned[list(PLACED)].mean(), concept_totals(dissection.counts).mean()]
     found = pd.concat([*found, pd.Series(causal_summary(present, absent))])
@@ -132,9 +136,9 @@ def measure(subject: Subject, pairs: pd.DataFrame, lesions: list[np.ndarray], wi
 
 def measured(subject: Subject, *films) -> pd.DataFrame:
     """`measure` of a trained run, or what is kept of it: laboratory.csv in its folder stands as long as the weights do,
-    and the code that measures."""
+    the options of the lenses, and the code that measures."""
     path = subject.path("laboratory.csv")
-    kind = f"{require_trained(subject.run)['weights'][subject.run.weights_path.name]}-{_code()}"
+    kind = f"{require_trained(subject.run)['weights'][subject.run.weights_path.name]}-{_code(subject.run)}"
     if path.is_file() and (kept := records.read_table(path))["of"].eq(kind).all():
         return kept.drop(columns="of")
     found = measure(subject, *films)
@@ -142,9 +146,15 @@ def measured(subject: Subject, *films) -> pd.DataFrame:
     return found
 
 
+def _code(run: Run) -> str:
+    """A digest of all code that measures, and of what it is told."""
+    told = json.dumps({key: getattr(run, key) for key in Analysis.model_fields}, sort_keys=True)
+    return hashlib.sha256(told.encode() + _modules()).hexdigest()[:16]
+
+
 @lru_cache(maxsize=1)
-def _code() -> str:
-    """A digest of all code that measures."""
+def _modules() -> bytes:
     room = Path(__file__).parent
-    paths = [Path(__file__), *(room / "analysis").rglob("*.py"), *(room / "data").rglob("*.py")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:16]
+    paths = [Path(__file__), *(room / name for name in ("models.py", "runs.py"))]
+    paths += [path for name in ("analysis", "data") for path in (room / name).rglob("*.py")]
+    return b"".join(path.read_bytes() for path in sorted(paths))

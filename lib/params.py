@@ -201,7 +201,7 @@ class Study(Analysis, Loss, Training, Data):
         [], description="further seeds of single runs, as their folders are called: <run>/seed<k>"
     )
     comparison: bool = Field(True, description="whether 02 to 05 compare the runs, as Khakzar et al. do")
-    laboratory: bool = Field(False, description="whether 10 compares this study and its companions, dose by dose")
+    laboratory: bool = Field(False, description="whether 11 compares this study and its companions, dose by dose")
     attribution: list[Name] = Field([], description="runs that 06 explains by relevance")
     features: list[Name] = Field([], description="runs whose features 07 analyses")
     trunk_and_head: list[Name] = Field([], description="BCE runs; 09 asks where the other losses change them")

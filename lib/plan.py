@@ -6,22 +6,23 @@ before.
 """
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
-from lib.analysis.comparison import record_effects
+from lib.analysis.comparison import BASELINE, record_effects
 from lib.analysis.verdicts import verdicts
 from lib.flat_yaml import ParameterError
-from lib.params import PLAN
+from lib.params import PLAN, load_study
 from lib.state import digest
 
-# Opponents that are the same networks, looked at in another way.
+# Opponents of a loss; and those that are the same networks, looked at in another way.
+ABOUT_LOSSES = (BASELINE, "shifted_bce", "trunk", "head")
 SAME_NETWORKS = ("other_film", "cam", "individual_scale", "all_features")
 
 
@@ -57,6 +58,13 @@ class Plan(BaseModel):
     margins: dict[str, PositiveFloat] = Field(description="by metric; without one, equivalence is not asked")
     claims: dict[str, Claim] = Field(min_length=1)
     digest: str = Field(description="of the file; runs keep it as `plan`")
+
+    @model_validator(mode="after")
+    def _one_claim_a_comparison(self):
+        asked = [(claim.metric, claim.against) for claim in self.claims.values()]
+        if twice := [key for key in asked if asked.count(key) > 1]:
+            raise ValueError(f"two claims are about {' against '.join(twice[0])}")
+        return self
 
 
 def load_plan(path: Path = PLAN) -> Plan:
@@ -114,13 +122,13 @@ def judge(plan: Plan, study: str, effects: pd.DataFrame) -> pd.DataFrame:
     study : str
         In any but the plan's own all cells are explored: a rehearsal.
     effects : DataFrame
-        claim (a name in the plan), task, backbone, point, se, df and whatever else tells cells apart: of
-        `analysis.verdicts.effect`.
+        claim (a name in the plan), task, backbone, loss, point, se, df and seeds: of `analysis.verdicts.effect`.
 
     Returns
     -------
     DataFrame
-        The same with confirmatory (whether the claim is decided by this cell), source, says, family, metric, against,
+        The same with confirmatory (whether this cell decides the claim: the plan's own, and the chance of training is
+        in it), source, says, family, metric, against,
         expected and margin of the claim; tests, p_different, p_equivalent, detectable and verdict of
         `analysis.verdicts.verdicts`, corrected over the confirmatory cells of a family, and over the others by
         themselves; and outcome: 'holds', 'contradicted' (different the other way, or different where equivalence was
@@ -140,7 +148,7 @@ def judge(plan: Plan, study: str, effects: pd.DataFrame) -> pd.DataFrame:
     cells = effects.merge(said, on="claim", how="left")
     cells["margin"] = [plan.margins.get(metric, np.nan) for metric in cells["metric"]]
     here = (cells["task"] == plan.confirmatory.task) & (cells["backbone"] == plan.confirmatory.backbone)
-    cells["confirmatory"] = here & (study == plan.study)
+    cells["confirmatory"] = here & cells["seeds"] & (study == plan.study)
     found = verdicts(cells, ["family", "confirmatory"])
     direction = np.where(found["point"] > 0, "higher", "lower")
     answer = np.where(found["verdict"] == "different", direction, found["verdict"])
@@ -149,7 +157,7 @@ def judge(plan: Plan, study: str, effects: pd.DataFrame) -> pd.DataFrame:
     return found.assign(outcome=np.where(decided, outcome, "undecided"))
 
 
-def decide(plan: Plan, judged: pd.DataFrame) -> pd.Series:
+def decide(plan: Plan, judged: pd.DataFrame, losses: Collection[str]) -> pd.Series:
     """Whether each claim of the plan holds.
 
     Parameters
@@ -157,29 +165,47 @@ def decide(plan: Plan, judged: pd.DataFrame) -> pd.Series:
     plan : Plan
     judged : DataFrame
         Of `judge`.
+    losses : collection of str
+        Those that the confirmatory cell is to have, see `deciding_losses`. A claim about losses is asked of each but
+        BCE, one about a lens or a reading of maps of BCE.
 
     Returns
     -------
     Series by claim
-        'holds' where it does in every confirmatory cell, 'contradicted' where it is in any, else 'undecided'; 'not
-        judged' where it has no confirmatory cell.
+        'holds' where it does for all of them, 'contradicted' where it is for any, else 'undecided'; 'incomplete' where
+        one has no confirmatory cell yet, 'not judged' where none has.
     """
-    cells = judged[judged["confirmatory"]].groupby("claim")["outcome"].agg(set)
-    found = {}
-    for claim in plan.claims:
-        outcomes = cells.get(claim, set())
+    cells, found = judged[judged["confirmatory"]], {}
+    for name, claim in plan.claims.items():
+        own = cells[cells["claim"] == name]
+        outcomes = set(own["outcome"])
+        asked = set(losses) - {BASELINE} if claim.against in ABOUT_LOSSES else {BASELINE}
         whole = "contradicted" if "contradicted" in outcomes else "undecided"
-        found[claim] = "not judged" if not outcomes else "holds" if outcomes == {"holds"} else whole
-    return pd.Series(found, name="outcome").rename_axis("claim")
+        whole = "holds" if outcomes == {"holds"} else whole
+        found[name] = whole if asked <= set(own["loss"]) else "incomplete" if len(own) else "not judged"
+    return pd.Series(found, name="outcome", dtype=object).rename_axis("claim")
 
 
-def chance_spread(differences: pd.DataFrame) -> pd.Series:
-    """What chance alone changes, by metric: the root mean square of the differences of BCE against BCE of another seed.
+def deciding_losses(plan: Plan) -> list[str]:
+    """The losses of the plan's study in its confirmatory cell, as its file says, whatever runs were asked for."""
+    study = load_study(plan.study, data_root=".")
+    stem = f"{plan.confirmatory.task}-{plan.confirmatory.backbone}-"
+    return [name.removeprefix(stem) for name in study.runs if name.startswith(stem)]
+
+
+def chance_spread(differences: pd.DataFrame) -> pd.DataFrame:
+    """What chance alone changes: the root mean square of the differences of BCE against BCE of another seed.
 
     Parameters
     ----------
     differences : DataFrame
-        metric, difference, one row a pair of seeds, task and backbone; see `analysis.comparison.seed_differences`.
+        task, backbone, metric, difference, one row a pair of seeds; see `analysis.comparison.seed_differences`.
+
+    Returns
+    -------
+    DataFrame
+        A row a metric, a column a task and backbone.
     """
-    squares = differences.assign(square=differences["difference"] ** 2).groupby("metric", sort=False)["square"]
-    return np.sqrt(squares.mean()).rename("chance alone")
+    squares = differences.assign(square=differences["difference"] ** 2)
+    means = squares.groupby(["metric", "task", "backbone"], sort=False)["square"].mean()
+    return np.sqrt(means).unstack(["task", "backbone"])

@@ -16,6 +16,7 @@ import pandas as pd
 from lib import records
 from lib.params import ROOT, ParameterError, Study, load_study
 from lib.plan import load_plan
+from lib.state import environment
 from lib.tables.layout import long_metrics, number_text
 from lib.tables.names import display
 
@@ -42,10 +43,24 @@ def files(study: Study) -> Iterator[tuple[Path, Path]]:
 
 def provenance(study: Study) -> dict:
     """What the results were made from: parameters, plan, films, and by run the commit, machine, times and last loss."""
-    runs = {f"{run.name}/seed{run.seed}": records.read_json(run.run_folder / "run.json") for run in study.every_run}
+    every = study.every_run
+    if study.shuffled_study:
+        shuffled = load_study(study.shuffled_study, data_root=study.data_root).every_run
+        every = [*every, *(run for run in shuffled if (run.run_folder / "run.json").is_file())]
+    runs = {f"{run.study}/{run.name}/seed{run.seed}": records.read_json(run.run_folder / "run.json") for run in every}
     first = next(iter(runs.values()))
     changed = {key: value for key, value in study.model_dump().items() if value != Study.model_fields[key].default}
-    kept = ("commit", "plan", "started", "finished", "train_seconds", "device", "best_epoch", "best_val_auroc")
+    kept = (
+        "commit",
+        "resumed",
+        "plan",
+        "started",
+        "finished",
+        "train_seconds",
+        "device",
+        "best_epoch",
+        "best_val_auroc",
+    )
     made = {name: {key: run[key] for key in kept if key in run} for name, run in runs.items()}
     return {
         "study": study.study,
@@ -54,7 +69,8 @@ def provenance(study: Study) -> dict:
         "films": first["films"],
         "films_digest": first["identity"]["films"],
         "versions": first.get("versions", {}),
-        "plan_today": load_plan().digest,
+        "plan": load_plan().digest,
+        "collected_by": environment()["commit"],
         "train_seconds": round(sum(run["train_seconds"] for run in made.values())),
         "runs": made,
     }
@@ -66,11 +82,16 @@ def collect(study: Study) -> Path:
     Raises
     ------
     ParameterError
-        05 has not been run, or the results are larger than what git should hold.
+        05 has not been run, or by another plan; or the results are larger than what git should hold.
     """
     chosen = [(path, place) for path, place in files(study) if path.suffix in KINDS]
     if not (study.folder / "tables" / "verdicts.csv").is_file():
         raise ParameterError(f"{study.folder} holds no tables/verdicts.csv: run make study STUDY={study.study} first")
+    judged = records.read_table(study.folder / "tables" / "verdicts.csv")
+    if len(judged) and set(judged["plan"]) != {load_plan().digest}:
+        raise ParameterError(
+            f"{study.folder}/tables/verdicts.csv was judged by another plan: run 05_figures again first"
+        )
     size = sum(path.stat().st_size for path, _ in chosen)
     if size > LIMIT:
         raise ParameterError(f"{size / 1e6:.1f} MB of results; at most {LIMIT / 1e6:.1f} MB of a study go into git")
@@ -84,16 +105,20 @@ def collect(study: Study) -> Path:
 
 
 def result_table(folder: Path, task: str = "multilabel") -> str:
-    """Macro AUROC, mean probability, IoBB and IoR of a task's runs, a row a loss, as README prints them.
+    """Macro AUROC, mean probability, IoBB, IoR (of maps that are not empty) and the share of empty maps, as README
+    prints them: a row a loss, the runs of one task.
 
     `folder` : that of `collect`.
     """
-    performance, overlap = (pd.read_csv(folder / name) for name in ("performance.csv", "table1_alignment.csv"))
+    performance, overlap = (pd.read_csv(folder / name) for name in ("performance.csv", "table1_readings.csv"))
+    overlap = overlap[overlap["loss"].isin(performance["loss"])]  # without the controls
     average = performance[performance["class"] == "Average"]
     values = pd.concat([long_metrics(average, ("auroc", "mean_probability")), overlap])
     values = values[values["task"] == task].set_index(["backbone", "loss", "metric"])["value"]
     backbones, losses = (values.index.unique(level) for level in ("backbone", "loss"))
-    columns = [(backbone, name) for backbone in backbones for name in ("auroc", "mean_probability", "iobb", "ior")]
+    columns = [
+        (backbone, name) for backbone in backbones for name in ("auroc", "mean_probability", "iobb", "ior", "empty")
+    ]
     rows = [["", *(f"{display(backbone)}: {display(name)}" for backbone, name in columns)]]
     rows.append(["---", *["---:"] * len(columns)])
     for loss in losses:

@@ -271,7 +271,8 @@ class OpenStudy:
 
     def _repr_markdown_(self):
         study = self.study
-        seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
+        counts = sorted({len(study.seeds_of(name)) for name in study.runs})
+        seeds = f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seed{'s' if counts != [1] else ''}"
         return (
             f"Study **{study.study}**: {len(study.runs)} runs, {seeds} each, films of {study.image_size} px. "
             f"{self.label}.{_differences(study, self.changed)}"

@@ -9,14 +9,17 @@ study file was touched would otherwise be trained anew.
 
 import hashlib
 import os
+import platform
+import subprocess
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from lib import records
-from lib.params import IDENTITY, Run
+from lib.params import IDENTITY, ROOT, Run
 from lib.records import RecordError, damaged
 
 FINISHED = "finished.json"
@@ -281,6 +284,32 @@ def digest(path: Path) -> str:
     """The first 16 digits of a file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def environment() -> dict:
+    """Host, git commit and the versions that a result depends on, for the record."""
+    # Without the ceiling, a copy without .git within another repository would bear that one's commit.
+    options = {"cwd": ROOT, "env": os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}, "check": False}
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, **options)
+        commit = git.stdout.decode(errors="replace").strip()
+    except OSError:  # there is no git
+        commit = ""
+    packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pandas", "opencv-python-headless", "numba")
+    return {
+        "commit": commit or "unknown",
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _generations(folder):

@@ -8,14 +8,12 @@ epoch) alone, so an epoch that was cut short is run again with the same result.
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import threading
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +40,7 @@ from lib.state import (
     TrainingError,
     digest,
     discard_rest,
+    environment,
     finish,
     finished_history,
     is_trained,
@@ -405,32 +404,6 @@ def schedule(step: int, total: int, warmup: int, final: float) -> float:
     a line from 0.01 to 1, as the authors' code warms up."""
     cosine = final + (1 - final) * (1 + math.cos(math.pi * step / total)) / 2
     return cosine * (1 - 0.99 * max(0.0, 1 - step / warmup) if warmup else 1.0)
-
-
-def environment() -> dict:
-    """Host, git commit and the versions that a result depends on, for the record."""
-    # Without the ceiling, a copy without .git within another repository would bear that one's commit.
-    options = {"cwd": ROOT, "env": os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}, "check": False}
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, **options)
-        commit = git.stdout.decode(errors="replace").strip()
-    except OSError:  # there is no git
-        commit = ""
-    packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pandas", "opencv-python-headless", "numba")
-    return {
-        "commit": commit or "unknown",
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-    }
-
-
-def _version(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _say_of_code(old, new, run, folder, rank):

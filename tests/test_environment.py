@@ -148,7 +148,8 @@ FLOORS = (
     ("lib.records", "lib.figures"),
     ("lib.state", "lib.workflow"),
     ("lib.runs", "lib.plan"),
-    ("lib.training", "lib.preflight", "lib.laboratory", "lib.evidence", "lib.reference"),
+    ("lib.training", "lib.preflight", "lib.laboratory", "lib.evidence"),
+    ("lib.reference",),
 )
 WINGS = ("lib.analysis.dissection", "lib.analysis.features", "lib.analysis.relevance")
 

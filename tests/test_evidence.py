@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import evidence, records
+from lib import evidence, records, tables
 from lib.analysis.alignment import scores
 from lib.params import Study
 from lib.plan import decide, judge, load_plan
@@ -66,19 +66,23 @@ def test_runs_are_set_against_bce_and_bce_against_its_controls(study):
     assert set(found.index.get_level_values("loss")) == {"bce", "wbce"}
     # What no notebook has looked at is not judged, and said to be so.
     judged = judge(plan, study.study, found.reset_index())
-    decided = decide(plan, judged)
+    decided = decide(plan, judged, ["bce", "wbce"])
     assert decided["trunk_iobb"] == decided["cam_not_shuffled"] == decided["lrp_sharper"] == "not judged"
     assert decided["iobb_up"] == decided["cam_not_anatomy"] == "holds"
 
 
-def test_shuffled_labels_are_a_control_where_that_study_has_been_made(study):
-    asked = study.model_copy(update={"shuffled_study": "nih_part_shuffled", "data_root": "films"})
-    assert "cam_not_shuffled" not in gathered(asked)[1].index
+def test_shuffled_labels_are_a_control_where_that_study_has_been_made(study, monkeypatch):
+    asked = study.model_copy(update={"shuffled_study": "nih_part_shuffled"})
     rng = np.random.default_rng(1)
-    other = Study(study="nih_part_shuffled", runs=[RUNS[0]], n_replicates=20)
+    other = Study(study="nih_part_shuffled", runs=[RUNS[0]], n_replicates=20, shuffle_labels=True)
+    monkeypatch.setattr(evidence, "load_study", lambda name, **given: other)
+    assert "cam_not_shuffled" not in gathered(asked)[1].index
     write(other, RUNS[0], 0, {"cam_alignment": aligned(rng, 0.15), "concepts": counted(rng, 3)})
     _, found = gathered(asked)
     assert found["point"]["cam_not_shuffled", "bce"] == pytest.approx(0.25, abs=0.02)
+    other = other.model_copy(update={"epochs": 99})
+    with pytest.raises(records.RecordError, match="nih_part_shuffled is no control of nih_part: epochs differ"):
+        gathered(asked)
     assert not found["seeds"]["cam_not_shuffled", "bce"] and found["seeds"]["cam_not_untrained", "bce"]
 
 
@@ -131,3 +135,11 @@ def test_a_run_that_was_not_looked_at_is_named(study):
     (study.run(RUNS[1], 1).run_folder / "concepts.parquet").unlink()
     with pytest.raises(records.RecordError, match="concepts.parquet is missing in multilabel-tdensenet-wbce/seed1"):
         evidence.gather(load_plan(), study, n_replicates=20)
+
+
+def test_a_study_without_bce_has_no_controls_and_no_claims(study):
+    alone = study.model_copy(update={"runs": [RUNS[1]]})
+    alignment = records.read_runs(alone, "cam_alignment.parquet")
+    assert evidence.controls(alone, alignment) == {}
+    judged = judge(load_plan(), alone.study, evidence.gather(load_plan(), alone, n_replicates=20))
+    assert judged.empty and tables.claim_table(judged).empty and tables.claim_sentences(judged) == []

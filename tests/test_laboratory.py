@@ -106,7 +106,7 @@ def test_what_is_measured_is_what_the_lenses_measure(trained, films):
     pairs, (layer, q), size = subject.pairs, subject.dissection, subject.run.image_size
     options = {"layer": layer, "image_size": size}
     aligned = align(subject.outputs(pairs["row"].unique(), layer), pairs, subject.model.head, **options)
-    for name in ("iobb", "ior", "hit", "auprc", "empty", "iobb_minmax"):
+    for name in ("iobb", "hit", "auprc", "empty", "iobb_minmax"):
         assert found[name] == pytest.approx(aligned[name].mean(), nan_ok=True), name
     boxes = dict(zip(subject.regions["row"], subject.regions["boxes"], strict=True))
     counts = dissect(subject.outputs(list(boxes), layer), boxes, q=q, **options).counts
@@ -134,7 +134,7 @@ def test_what_was_measured_stands_as_long_as_weights_and_code_do(trained, films,
     again = laboratory.measured(subject, *films)
     pd.testing.assert_frame_equal(first, again)
     assert len(measured) == 1
-    monkeypatch.setattr(laboratory, "_code", lambda: "other")
+    monkeypatch.setattr(laboratory, "_code", lambda run: "other")
     laboratory.measured(subject, *films)
     assert len(measured) == 2
     path = subject.path("laboratory.csv")

@@ -9,11 +9,11 @@ import yaml
 
 from lib.flat_yaml import ParameterError
 from lib.params import PLAN
-from lib.plan import chance_spread, claimed, decide, judge, load_plan, record_claims
+from lib.plan import chance_spread, claimed, decide, deciding_losses, judge, load_plan, record_claims
 
 
 def effects(*rows):
-    cell = {"task": "multilabel", "backbone": "tdensenet", "loss": "wbce"}
+    cell = {"task": "multilabel", "backbone": "tdensenet", "loss": "wbce", "seeds": True}
     return pd.DataFrame(rows, columns=["claim", "point", "se", "df"]).assign(**cell)
 
 
@@ -74,25 +74,48 @@ def test_cells_that_decide_are_corrected_by_themselves():
     assert not elsewhere["confirmatory"].any() and list(elsewhere["tests"]) == [3, 3, 3]
 
 
-def test_a_claim_holds_where_every_deciding_cell_says_so():
+def test_one_seed_decides_nothing():
     plan = load_plan()
-    sure, not_sure, against = ((name, point, 0.01, 50) for name, point in [("", 0.5), ("", 0.012), ("", -0.5)])
+    found = judge(
+        plan, plan.study, effects(("iobb_up", 0.5, 0.01, 50), ("iobb_up", 0.5, 0.01, 50)).assign(seeds=[True, False])
+    )
+    assert list(found["confirmatory"]) == [True, False] and list(found["tests"]) == [1, 1]
+
+
+def test_a_claim_holds_where_every_loss_says_so():
+    plan, losses = load_plan(), ("bce", "wbce", "focal")
+    sure, not_sure, against = 0.5, 0.012, -0.5
     rows = {
-        "iobb_up": [sure, sure, sure], "auprc_alike": [sure, not_sure], "ior_down": [not_sure, against],
-        "probability_up": [sure, (0, 0.0, 5.0, 50)],
+        "iobb_up": (sure, sure), "auprc_alike": (sure, not_sure), "ior_down": (not_sure, against),
+        "probability_up": (sure, 0.06), "hit_alike": (not_sure,),
     }  # fmt: skip
-    table = effects(*((name, *row[1:]) for name, several in rows.items() for row in several))
-    decided = decide(plan, judge(plan, plan.study, table))
+    table = effects(
+        *((name, point, 0.01 if point != 0.06 else 5.0, 50) for name, several in rows.items() for point in several)
+    )
+    table["loss"] = ["wbce", "focal"] * 4 + ["wbce"]
+    lens = effects(("cam_not_untrained", sure, 0.01, 50), ("lrp_sharper", sure, 0.01, 50)).assign(loss=["bce", "wbce"])
+    table = pd.concat([table, lens], ignore_index=True)
+    decided = decide(plan, judge(plan, plan.study, table), losses)
     assert list(decided.index) == list(plan.claims)
-    assert decided[list(rows)].tolist() == ["holds", "contradicted", "undecided", "undecided"]
-    assert decided["hit_alike"] == "not judged"
-    assert set(decide(plan, judge(plan, "demo", table))) == {"not judged"}
+    assert decided[list(rows)].tolist() == ["holds", "contradicted", "undecided", "undecided", "incomplete"]
+    assert decided[["cam_not_untrained", "lrp_sharper"]].tolist() == ["holds", "incomplete"]  # of BCE's it is asked
+    assert decided["ap_alike"] == "not judged"
+    assert set(decide(plan, judge(plan, "demo", table), losses)) == {"not judged"}
+    assert set(decide(plan, judge(plan, plan.study, table.assign(seeds=False)), losses)) == {"not judged"}
+
+
+def test_the_losses_that_decide_are_those_of_the_plans_study():
+    assert deciding_losses(load_plan()) == ["bce", "wbce", "focal", "cb_focal"]
 
 
 def test_what_chance_alone_changes():
-    null = pd.DataFrame({"metric": ["auroc", "iobb", "auroc"], "difference": [0.03, -0.1, -0.01]})
-    found = {"auroc": np.sqrt((0.03**2 + 0.01**2) / 2), "iobb": 0.1}
-    assert chance_spread(null).to_dict() == pytest.approx(found)
+    null = pd.DataFrame({"metric": ["auroc", "iobb", "auroc", "auroc"], "difference": [0.03, -0.1, -0.01, 0.5]})
+    null = null.assign(task=["multilabel"] * 3 + ["binary"], backbone="tdensenet")
+    spread = chance_spread(null)
+    assert spread["multilabel", "tdensenet"].to_dict() == pytest.approx(
+        {"auroc": np.sqrt((0.03**2 + 0.01**2) / 2), "iobb": 0.1}
+    )
+    assert spread["binary", "tdensenet"]["auroc"] == 0.5 and np.isnan(spread["binary", "tdensenet"]["iobb"])
 
 
 @pytest.mark.parametrize(
@@ -107,6 +130,12 @@ def test_what_chance_alone_changes():
 def test_a_plan_that_is_none_is_refused_by_its_key(tmp_path, change, key):
     with pytest.raises(ParameterError, match=f"plan.yaml: {key}: "):
         written(tmp_path, **change)
+
+
+def test_two_claims_about_one_comparison_are_refused(tmp_path):
+    claims = yaml.safe_load(PLAN.read_text())["claims"]
+    with pytest.raises(ParameterError, match="two claims are about iobb against bce"):
+        written(tmp_path, claims=claims | {"again": claims["iobb_up"]})
 
 
 def test_a_file_that_is_no_plan(tmp_path):

@@ -473,7 +473,16 @@ def test_a_list_of_films_that_was_copied_again_starts_nothing_anew(project, tmp_
 OF_ALL = {"data": 1, "train": 16, "metrics": 16, "cam_alignment": 16, "dissection": 16, "figures": 1, "all": 1}
 # Of the demo besides: two pretexts, from which its backbones start, and its companions: pneumonia (3 runs), the
 # confounder (1), digits (2).
-OF_DEMO = {**OF_ALL, "pretext": 2, "data": 4, "train": 22, "attribution": 2, "features": 7, "intention": 1, "trunk_and_head": 1}
+OF_DEMO = {
+    **OF_ALL,
+    "pretext": 2,
+    "data": 4,
+    "train": 22,
+    "attribution": 2,
+    "features": 7,
+    "intention": 1,
+    "trunk_and_head": 1,
+}
 
 
 @pytest.mark.parametrize(

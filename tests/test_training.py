@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import devices, records, training
+from lib import devices, records, state, training
 from lib.data import open_data
 from lib.data.batches import count_batches
 from lib.data.store import Store, StoreError
@@ -664,23 +664,23 @@ def test_variables_of_another_launcher_do_not_make_a_run_wait_for_peers(finished
 
 
 def test_the_record_does_without_git_and_metadata(monkeypatch, tmp_path):
-    assert training.environment()["versions"]["torch"] == training.version("torch")
+    assert state.environment()["versions"]["torch"] == state.version("torch")
 
     def absent(package):
-        raise training.PackageNotFoundError(package)
+        raise state.PackageNotFoundError(package)
 
-    monkeypatch.setattr(training, "version", absent)
+    monkeypatch.setattr(state, "version", absent)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     who = ["-c", "user.name=x", "-c", "user.email=x"]
     subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     (tmp_path / "copy").mkdir()
-    monkeypatch.setattr(training, "ROOT", tmp_path)
-    assert training.environment()["commit"] != "unknown"
-    monkeypatch.setattr(training, "ROOT", tmp_path / "copy")  # without .git: of no commit, least of all another's
-    found = training.environment()
+    monkeypatch.setattr(state, "ROOT", tmp_path)
+    assert state.environment()["commit"] != "unknown"
+    monkeypatch.setattr(state, "ROOT", tmp_path / "copy")  # without .git: of no commit, least of all another's
+    found = state.environment()
     assert found["commit"] == "unknown" and set(found["versions"].values()) == {"unknown"}
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert training.environment()["commit"] == "unknown"
+    assert state.environment()["commit"] == "unknown"
 
 
 # ---- steps

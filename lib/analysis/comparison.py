@@ -160,7 +160,8 @@ def record_effects(
                 drawn = replicate_means(apart, patients, n_replicates, seed).mean(axis=1)
                 known = ~np.isnan(apart)
                 by_pair = [one[there].mean() if there.any() else np.nan for one, there in zip(apart, known)]
-                counts, n_patients = (mine.shape[1], bce.shape[1]), patients[known.any(axis=0)].nunique()
+                # Of the seeds that share fewest.
+                counts, n_patients = (mine.shape[1], bce.shape[1]), min(patients[there].nunique() for there in known)
                 arms = [by_pair] if paired else [mine.mean().dropna(), bce.mean().dropna()]
                 found = effect(float(np.mean(by_pair)), drawn, n_patients, arms)
                 rows.append((task, backbone, loss, metric, *found, *counts, n_patients))

@@ -15,7 +15,7 @@ NAMES = {
 }
 # What the laboratory shows, in this order, as a narrow axis has it.
 SHOWN = {
-    **{"auroc": "AUROC", "mean_probability": "Mean\nprobability", "iobb": "IoBB", "ior": "IoR"},
+    **{"auroc": "AUROC", "mean_probability": "Mean\nprobability", "iobb": "IoBB", "ior_zero": "IoR,\nempty as 0"},
     **{"iobb_minmax": "IoBB,\nmin-max", "hit": "Hit rate", "auprc": "Pixel\nAUPRC", "unique": "Unique\nconcepts"},
     **{"survive": "Stand without\nthe lesion", "responds_counted": "Counted,\nmoved by it"},
     **{"responds_uncounted": "Not counted,\nmoved by it"},
@@ -70,6 +70,8 @@ def causal_sentences(table: pd.DataFrame, control: pd.DataFrame) -> list[str]:
 def _causes(rows: pd.DataFrame) -> str:
     def share(metric: str) -> str:
         found = seed_interval(rows[rows["metric"] == metric].groupby("seed")["value"].mean())
+        if pd.isna(found.point):
+            return "an undefined share"
         return f"{found.point:.0%} [{bounds_text(100 * found.low, 100 * found.high, 0, ', ')}]"
 
     stand, answer, others = map(share, ("survive", "responds_counted", "responds_uncounted"))

@@ -73,7 +73,7 @@ def lens_sentences(judged: pd.DataFrame, likeness: pd.DataFrame) -> list[str]:
 
 # The first that any claim has.
 _OUTCOMES = {
-    "contradicted": "FAILS",
+    "contradicted": "would FAIL by this run",
     "undecided": "is neither shown to see what was learnt nor to fail",
     "holds": "sees what was learnt",
 }

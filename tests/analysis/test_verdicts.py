@@ -26,7 +26,7 @@ def test_an_effect_adds_the_variances_of_patients_and_of_each_arms_seeds():
     assert found.detectable == pytest.approx(reach + stats.t(df).ppf(0.8) * se) and found.seeds
 
 
-@pytest.mark.parametrize(("arms", "df"), [([[0.1, 0.1 + 1e-9]], 2), ([[0, 1e-9], [0, 0]], 2), ([[0, 0, 1e-9]] * 2, 4)])
+@pytest.mark.parametrize(("arms", "df"), [([[0.1, 0.1 + 1e-9]], 1), ([[0, 1e-9], [0, 0]], 2), ([[0, 0, 1e-9]] * 2, 4)])
 def test_few_seeds_are_not_taken_for_a_known_variance(arms, df):
     """However small they happen to differ: Satterthwaite's rule would give nearly n_patients degrees of freedom."""
     assert effect(0.4, [0.1, 0.2, 0.4, 0.25], 40, arms).df == df
