@@ -134,6 +134,8 @@ def test_what_was_measured_stands_as_long_as_weights_and_code_do(trained, films,
     again = laboratory.measured(subject, *films)
     pd.testing.assert_frame_equal(first, again)
     assert len(measured) == 1
+    other = subject.run.model_copy(update={"dissection_quantile": 0.05})
+    assert laboratory._code(other) != laboratory._code(subject.run) == laboratory._code(subject.run.model_copy())
     monkeypatch.setattr(laboratory, "_code", lambda run: "other")
     laboratory.measured(subject, *films)
     assert len(measured) == 2
