@@ -119,7 +119,8 @@ def result_table(folder: Path, task: str = "multilabel") -> str:
     columns = [
         (backbone, name) for backbone in backbones for name in ("auroc", "mean_probability", "iobb", "ior", "empty")
     ]
-    rows = [["", *(f"{display(backbone)}: {display(name)}" for backbone, name in columns)]]
+    heads = (f"{display(backbone)}: " * (name == "auroc") + display(name) for backbone, name in columns)
+    rows = [["", *heads]]
     rows.append(["---", *["---:"] * len(columns)])
     for loss in losses:
         found = (values.get((backbone, loss, name), np.nan) for backbone, name in columns)
