@@ -68,14 +68,17 @@ def controls(study: Study, alignment: pd.DataFrame) -> dict[str, tuple[pd.DataFr
     if study.shuffled_study:
         shuffled = load_study(study.shuffled_study, data_root=study.data_root)
         tables = _made(shuffled, shuffled.runs, "cam_alignment", "concepts")
-        found |= {"shuffled": tuple(tables)} if all(map(len, tables)) else {}
-        own, other = (one.every_run[0].identity | {"shuffle_labels": None, "seed": None, "loss": None} for one in
-                      (study, shuffled))  # fmt: skip
-        if "shuffled" in found and (apart := [key for key in own if own[key] != other[key] and key != "backbone"]):
-            raise records.RecordError(
-                f"{study.shuffled_study} is no control of {study.study}: {', '.join(apart)} differ"
-            )
+        if all(map(len, tables)):
+            _require_alike(study, shuffled)
+            found["shuffled"] = tuple(tables)
     return found
+
+
+def _require_alike(study, shuffled):
+    own, other = study.every_run[0].identity, shuffled.every_run[0].identity
+    may = {"shuffle_labels", "task", "backbone", "loss", "seed"}
+    if apart := [key for key in own if own[key] != other[key] and key not in may]:
+        raise records.RecordError(f"{shuffled.study} is no control of {study.study}: {', '.join(apart)} differ")
 
 
 def _of_changes(plan, study, alignment, drawn):
