@@ -214,9 +214,11 @@ def with_control(records: pd.DataFrame, control: pd.DataFrame, name: str) -> pd.
 
 
 def elsewhere(alignment: pd.DataFrame) -> pd.DataFrame:
-    """Alignment records with the scores on another film's boxes, <score>_other, in the place of the scores."""
+    """Alignment records with the scores on another film's boxes, <score>_other, in the place of the scores. iou_tuned,
+    whose threshold is chosen on the film's own boxes, has no such score: NaN."""
     scores = [column.removesuffix("_other") for column in alignment if column.endswith("_other")]
-    return alignment.assign(**{name: alignment[f"{name}_other"] for name in scores})
+    others = {name: alignment[f"{name}_other"] for name in scores}
+    return alignment.assign(**{"iou_tuned": np.nan} | others)
 
 
 def seed_records(predictions: pd.DataFrame) -> pd.DataFrame:

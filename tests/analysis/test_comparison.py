@@ -371,10 +371,19 @@ def test_a_control_in_the_place_of_bce():
 
 def test_scores_elsewhere_take_the_place_of_the_scores():
     table = pd.DataFrame(
-        {"image": ["a"], "iobb": [0.2], "iobb_other": [0.1], "hit": [1.0], "hit_other": [0.0], "empty": 0}
+        {
+            "image": ["a"],
+            "iobb": [0.2],
+            "iobb_other": [0.1],
+            "hit": [1.0],
+            "hit_other": [0.0],
+            "empty": 0,
+            "iou_tuned": 0.7,
+        }
     )
     found = comparison.elsewhere(table)
     assert found.loc[0, ["iobb", "hit", "empty"]].tolist() == [0.1, 0.0, 0] and table["iobb"].item() == 0.2
+    assert np.isnan(found["iou_tuned"].item())  # its threshold is of the film's own boxes
 
 
 def test_what_chance_alone_changes_is_every_pair_of_bce_seeds():
