@@ -128,11 +128,10 @@ def judge(plan: Plan, study: str, effects: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         The same with confirmatory (whether this cell decides the claim: the plan's own, and the chance of training is
-        in it), source, says, family, metric, against,
-        expected and margin of the claim; tests, p_different, p_equivalent, detectable and verdict of
-        `analysis.verdicts.verdicts`, corrected over the confirmatory cells of a family, and over the others by
-        themselves; and outcome: 'holds', 'contradicted' (different the other way, or different where equivalence was
-        expected, or equivalent where a difference was), or 'undecided'.
+        in it), source, says, family, metric, against, expected and margin of the claim; tests, p_different,
+        p_equivalent, detectable and verdict of `analysis.verdicts.verdicts`, corrected over the confirmatory cells of a
+        family, and over the others by themselves; and outcome: 'holds', 'contradicted' (different the other way, or
+        different where equivalence was expected, or equivalent where a difference was), or 'undecided'.
 
     Raises
     ------

@@ -42,7 +42,7 @@ def files(study: Study) -> Iterator[tuple[Path, Path]]:
 
 
 def provenance(study: Study) -> dict:
-    """What the results were made from: parameters, plan, films, and by run the commit, machine, times and last loss."""
+    """What the results were made from: parameters, plan, films, and by run the commit, device, times and best AUROC."""
     every = study.every_run
     if study.shuffled_study:
         shuffled = load_study(study.shuffled_study, data_root=study.data_root).every_run
