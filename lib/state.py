@@ -135,6 +135,16 @@ def differences(old: Mapping, new: Mapping) -> str:
     return ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in sorted(new) if old.get(key) != new[key])
 
 
+def snapshot(state: object) -> object:
+    """A copy, in the memory of the host, of all tensors in nested dicts and lists, so that training may go on while
+    they are written."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    return [snapshot(value) for value in state] if isinstance(state, list) else state
+
+
 def write_state(state: dict, folder: Path) -> None:
     """Write a generation of the training state and drop all but the two latest.
 

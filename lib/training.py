@@ -1,8 +1,8 @@
 """Training of one run: a plain loop that can be killed at any moment and carries on to the same bits.
 
 `fit` trains in this process; `train` calls it, or starts torchrun on this module where a run has several devices. After
-every epoch the whole state is written (`lib.state`). Order, augmentation and dropout of an epoch follow from (seed,
-epoch) alone, so an epoch that was cut short is run again with the same result.
+every epoch the whole state is written (`lib.state`), while the next one trains. Order, augmentation and dropout of an
+epoch follow from (seed, epoch) alone, so an epoch that was cut short is run again with the same result.
 """
 
 import json
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -47,6 +48,7 @@ from lib.state import (
     labels_digest,
     latest_state,
     require_place,
+    snapshot,
     verify_weights,
     weights_on_record,
     write_state,
@@ -187,13 +189,14 @@ def fit(run: Run) -> pd.DataFrame:
             # The other ranks wait here for the one that waits for the lock, and at the end of each epoch for the one
             # that validates.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
-        history = _fit(run, model, init, device, rank, world)
+        beside = held.enter_context(ThreadPoolExecutor(1))
+        history = _fit(run, model, init, device, rank, world, beside)
         if world > 1:
             dist.destroy_process_group()
     return history
 
 
-def _fit(run, model, init, device, rank, world):
+def _fit(run, model, init, device, rank, world, beside):
     started = datetime.now(UTC)
     release, store = open_data(run)
     targets, classes = task_targets(release.targets, run.task, run.no_finding_output)
@@ -263,6 +266,7 @@ def _fit(run, model, init, device, rank, world):
     replica = model
     if world > 1:
         replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    written = beside.submit(bool)  # nothing yet
 
     for epoch in range(len(history) + 1, run.epochs + 1):
         clock = time.perf_counter()
@@ -283,18 +287,15 @@ def _fit(run, model, init, device, rank, world):
                 f"loss {row['val_loss']:.4f}  "
                 f"validation AUROC {row['val_auroc']:.3f}  ({row['seconds']:.0f} s)",
             )
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "epoch": epoch,
-                "history": history,
-            }
-            write_state(state | {"best": best, "identity": identity, "record": record}, run.run_folder / "state")
-            records.write_table(pd.DataFrame(history), run.run_folder / "training.csv")
+            state = snapshot({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            state |= {"epoch": epoch, "history": history, "best": best, "identity": identity, "record": record}
+            written.result()
+            written = beside.submit(_write_epoch, state, run.run_folder)
         if world > 1:
             dist.barrier()
 
     if rank == 0:
+        written.result()
         records.write_table(pd.DataFrame(history), run.run_folder / "training.csv")
         said = {"run": run.name, "backbone": run.backbone, "task": run.task, "classes": classes}
         header = {"run": json.dumps(said)}  # one key: safetensors writes several in an order of chance
@@ -316,6 +317,11 @@ def _fit(run, model, init, device, rank, world):
     if world > 1:
         dist.barrier()
     return pd.DataFrame(history)
+
+
+def _write_epoch(state, run_folder):
+    write_state(state, run_folder / "state")
+    records.write_table(pd.DataFrame(state["history"]), run_folder / "training.csv")
 
 
 def _train_epoch(model, optimizer, store, rows, targets, criterion, run, epoch, low_precision, rank, world):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -263,6 +264,29 @@ def test_a_state_without_its_optimizer_would_be_noticed(new_run, uninterrupted, 
     training.write_state({**state, "optimizer": {**state["optimizer"], "state": {}}}, path.parent)
     training.fit(run)
     assert len(differences(uninterrupted, run.run_folder)) > 100
+
+
+def test_a_state_is_of_its_epoch_though_the_next_one_trains_while_it_is_written(new_run, uninterrupted, monkeypatch):
+    run, trained, write, train_epoch = new_run(), threading.Event(), training.write_state, training._train_epoch
+
+    def train_and_tell(*arguments):
+        row = train_epoch(*arguments)
+        if row["epoch"] == 2:
+            trained.set()
+            raise Interrupted
+        return row
+
+    def wait_and_write(state, folder):
+        assert trained.wait(60), "the loop waits for the state to be written"
+        write(state, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "_train_epoch", train_and_tell)
+        patch.setattr(training, "write_state", wait_and_write)
+        training.fit(run)
+    assert [path.name[:11] for path in (run.run_folder / "state").glob("epoch-*.pt")] == ["epoch-00001"]
+    training.fit(run)
+    assert differences(uninterrupted, run.run_folder) == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
