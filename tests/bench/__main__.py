@@ -1,9 +1,10 @@
 """`python -m tests.bench`: the speed of this project against its peers, as ratios of one run. Absolute times belong to
 the machine.
 
-Rows of data and models are here, those of the pure analysis functions in the modules beside. `ratio` is above 1 where
-ours is better, except in the last row, a share of forward-only speed. Processor time counts, the best of the repeats,
-on one thread.
+Rows of data and models are here, those of the pure analysis functions and of training in the modules beside. `ratio` is
+above 1 where ours is better, except in the last row of a backbone, a share of forward-only speed, and in those of
+training, a share of the bare loop's. Processor time counts, of training wall time; the best of the repeats, on one
+thread.
 """
 
 import time
@@ -21,7 +22,7 @@ from lib.analysis.pairs import box_pairs
 from lib.data.batches import Batch, film_draws, gather_crops
 from lib.data.decoding import decode_film
 from lib.models import build_model, layers
-from tests.bench import analysis, features, relevance
+from tests.bench import analysis, features, relevance, training
 from tests.bench.timing import best_times, one_thread
 
 CLASSES = [f"class {k}" for k in range(15)]
@@ -155,7 +156,7 @@ def main():
     """Print the table."""
     start = time.perf_counter()
     with one_thread():
-        rows = [training_item(), store_build(), *analysis.rows(), *relevance.rows(), *features.rows()]
+        rows = [training_item(), store_build(), *analysis.rows(), *relevance.rows(), *features.rows(), *training.rows()]
         for backbone in ("tdensenet", "resnet50"):
             rows += [*cams(backbone), whole_evaluation(backbone)]
     table = pd.DataFrame(rows)[["row", "peer_name", "ratio"]].rename(columns={"peer_name": "peer"})
