@@ -5,25 +5,16 @@ threshold, and only around these is it enlarged. OpenCV's contours, which count 
 the authors' code alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import intrinsic
 from torch import Tensor
 
+from lib.analysis.bilinear import compiled, fma, taps
 from lib.analysis.cam import resize
 from lib.analysis.localization import pixel_boxes
-
-
-def compiled(function: Callable) -> Callable:
-    """Compile to machine code without the interpreter lock, cached on disk where some cache folder can be written."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # numba found no writable cache folder
-        return njit(nogil=True)(function)
 
 
 def count_concepts(
@@ -115,8 +106,8 @@ def count_concepts(
         # Cells whose corners are all below this cannot reach tau, not even through rounding.
         level = tau.astype(np.float64)
         level = np.nextafter((level - 1e-6 * np.abs(level) - 1e-44).astype(np.float32), np.float32(-np.inf))
-        taps = *_taps(height, image_size), *_taps(width, image_size)
-        bad = _count_image(values, tau, level, usable, inside, reach, clip, *taps, counts)
+        cells = *taps(height, image_size), *taps(width, image_size)
+        bad = _count_image(values, tau, level, usable, inside, reach, clip, *cells, counts)
     if bad >= 0:
         where = f"channel {bad % channels} of film {bad // channels} of the batch"
         raise ValueError(f"NaN or infinite activation in {where}")
@@ -170,27 +161,6 @@ def _running(pieces, film, batch, height, width):
             for x in range(width):
                 inside[b, y, x + 1] += inside[b, y, x]
     return inside
-
-
-def _taps(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Float32 weights of the lower and upper native cell of each output pixel, as torch rounds them, and where each
-    cell's pixels start."""
-    half = np.float32(0.5)
-    source = (np.arange(size, dtype=np.float32) + half) * (np.float32(n) / np.float32(size)) - half
-    source = np.maximum(source, np.float32(0)) if n != size else np.arange(size, dtype=np.float32)
-    low = np.minimum(np.floor(source).astype(np.int64), n - 1)
-    upper = np.clip(source - low.astype(np.float32), np.float32(0), np.float32(1))
-    return (np.float32(1) - upper).astype(np.float32), upper, np.searchsorted(low, np.arange(n + 1))
-
-
-@intrinsic
-def _fma(typing_context, a, b, c):
-    """``a b + c`` rounded once, which is how torch's kernel is compiled."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.fma(*arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 @compiled
@@ -361,8 +331,8 @@ def _count_image(
                     beside = min(x + 1, width - 1)
                     tl, tr, bl, br = a[y, x], a[y, beside], a[below, x], a[below, beside]
                     for i in range(x_start[x], x_start[x + 1]):
-                        top[i] = _fma(tl, x_low[i], tr * x_high[i])
-                        bottom[i] = _fma(bl, x_low[i], br * x_high[i])
+                        top[i] = fma(tl, x_low[i], tr * x_high[i])
+                        bottom[i] = fma(bl, x_low[i], br * x_high[i])
                     cells[n_cells] = x
                     # Where the step from pixel to pixel exceeds what rounding can move, a row of the cell rises or
                     # falls strictly.
@@ -374,23 +344,23 @@ def _count_image(
                     begin, stop = -1, -1
                     for k in range(n_cells):
                         first, last = x_start[cells[k]], x_start[cells[k] + 1] - 1
-                        low = _fma(top[first], up, bottom[first] * down)
-                        high = _fma(top[last], up, bottom[last] * down)
+                        low = fma(top[first], up, bottom[first] * down)
+                        high = fma(top[last], up, bottom[last] * down)
                         if slack[k] < abs(high - low) < np.inf:
                             if low < threshold and high < threshold:
                                 continue
                             i, until = first, last + 1
                             if low < threshold:  # rises: from the crossing of the line step to the first pixel at tau
                                 i = first + int((last - first) * ((threshold - low) / (high - low)))
-                                while _fma(top[i], up, bottom[i] * down) >= threshold:
+                                while fma(top[i], up, bottom[i] * down) >= threshold:
                                     i -= 1
-                                while _fma(top[i], up, bottom[i] * down) < threshold:
+                                while fma(top[i], up, bottom[i] * down) < threshold:
                                     i += 1
                             elif high < threshold:  # falls
                                 until = first + int((last - first) * ((threshold - low) / (high - low)))
-                                while _fma(top[until], up, bottom[until] * down) < threshold:
+                                while fma(top[until], up, bottom[until] * down) < threshold:
                                     until -= 1
-                                while _fma(top[until], up, bottom[until] * down) >= threshold:
+                                while fma(top[until], up, bottom[until] * down) >= threshold:
                                     until += 1
                             if i != stop:
                                 if begin >= 0:
@@ -401,7 +371,7 @@ def _count_image(
                             stop = until
                             continue
                         for i in range(first, last + 1):
-                            if _fma(top[i], up, bottom[i] * down) >= threshold:
+                            if fma(top[i], up, bottom[i] * down) >= threshold:
                                 if i != stop:
                                     if begin >= 0:
                                         n_runs = _add_run(

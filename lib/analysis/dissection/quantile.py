@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.analysis.dissection.components import compiled, enlarged, float32_maps
+from lib.analysis.bilinear import compiled
+from lib.analysis.dissection.components import enlarged, float32_maps
 
 
 @dataclass(frozen=True)

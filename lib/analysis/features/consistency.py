@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 from torch import Tensor
 
 from lib.analysis.cam import normalise, resize
@@ -117,7 +117,7 @@ def consistency(totals: ArrayLike, logits: ArrayLike) -> Consistency:
         note = f"{n} films are too few" if n < 3 else f"constant {' and '.join(constant)}"
         return Consistency(np.nan, "", np.nan, np.nan, np.nan, np.nan, False, n, note)
     pearson = float(np.clip(np.mean(_standard(pair[0]) * _standard(pair[1])), -1, 1))
-    ranks = [_standard(stats.rankdata(values)) for values in pair]
+    ranks = [_standard(scipy.stats.rankdata(values)) for values in pair]
     spearman = float(np.clip(np.mean(ranks[0] * ranks[1]), -1, 1))
     statistic, p = henze_zirkler(*pair)
     normal = p > SIGNIFICANCE
@@ -167,7 +167,7 @@ def henze_zirkler(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
         - 4 / w * (1 + 6 * b2**2 / (2 * w) + 8 * b2**4 / (2 * w**2))
     )
     ratio = 1 + variance / mean**2
-    p = stats.lognorm.sf(statistic, np.sqrt(np.log(ratio)), scale=mean / np.sqrt(ratio))
+    p = scipy.stats.lognorm.sf(statistic, np.sqrt(np.log(ratio)), scale=mean / np.sqrt(ratio))
     return float(statistic), float(p)
 
 
@@ -269,7 +269,7 @@ def with_perturbation(
     if not n_films:
         return sums
     train, test = (evenly(rows, n_films) for rows in (train_rows, test_rows))
-    scales = survey(view, train, SLOW, size=size, keep=True, progress=True).scales(kind, bounds)
+    scales = survey(view, train, SLOW, size=size, progress=True).scales(kind, bounds)
     slow = activation_sums(view, test, selected, scales, size, kind=kind, progress=True)
     return pd.concat([sums, slow], ignore_index=True)
 

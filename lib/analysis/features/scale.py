@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lib.analysis.bilinear import compiled, fma, taps
 from lib.analysis.cam import resize
 
 _LOW_BITS = 14  # of a float32's 32 bits, those that the first pass does not tell apart
@@ -71,13 +72,12 @@ class ActivationDistribution:
         raw = _raw_maps(raw, self.classes)
         if not len(raw):
             return
-        self._extremes.append(torch.stack(torch.aminmax(raw.flatten(2), dim=2)).cpu().numpy())  # (2, B, C)
-        for c in range(len(self.classes)):
-            values = _film_sized(raw[:, c], self.size)
-            low, high = (float(value) for value in torch.aminmax(values))
+        self._extremes.append(torch.stack(torch.aminmax(raw.flatten(2), dim=2)).numpy())  # (2, B, C)
+        options = _film_taps(raw, self.size)
+        for c, maps in enumerate(raw.numpy().swapaxes(0, 1)):
+            low, high = _values(np.array(_count_bins(maps, options, self._counts[c]), np.int64) + 2**31)
             self.low[c], self.high[c] = min(self.low[c], low), max(self.high[c], high)
-            self._counts[c] += torch.bincount(_bins(_keys(values)), minlength=_BINS).cpu().numpy()
-        self.n_pixels += values.numel()
+        self.n_pixels += _pixels(options, raw)
 
     def percentiles(self, percents: ArrayLike = (10, 90)) -> Percentiles:
         """Percentiles (0..100) of each class, interpolated linearly between neighbouring values, as `numpy.percentile`
@@ -143,14 +143,10 @@ class ExactPercentiles:
     def update(self, raw: Tensor) -> None:
         """As `ActivationDistribution.update`."""
         raw = _raw_maps(raw, self._first.classes)
-        for c, bins in enumerate(self._bins):
-            keys = _keys(_film_sized(raw[:, c], self._first.size))
-            upper, lower = _bins(keys), keys & ((1 << _LOW_BITS) - 1)
-            for k, wanted in enumerate(bins.tolist()):
-                self._below[c][k] += int((upper < wanted).sum())
-                found = torch.bincount(lower[upper == wanted], minlength=1 << _LOW_BITS)
-                self._counts[c][k] += found.cpu().numpy()
-            self.n_pixels += len(keys) if c == 0 else 0
+        options = _film_taps(raw, self._first.size)
+        for c, maps in enumerate(raw.numpy().swapaxes(0, 1)):
+            _count_low_bits(maps, options, self._bins[c], self._below[c], self._counts[c])
+        self.n_pixels += _pixels(options, raw)
 
     def percentiles(self) -> Percentiles:
         """Percentiles, exact for the float32 values of this pass; error 0.
@@ -186,25 +182,77 @@ def _raw_maps(raw: Tensor, classes: list[str]) -> Tensor:
     if raw.ndim != 4 or raw.shape[1] != len(classes):
         wanted = f"raw maps (B, {len(classes)}, h, w), one for each of {', '.join(classes)}"
         raise ValueError(f"need {wanted}; got shape {tuple(raw.shape)}")
-    raw = raw.detach().to("cpu" if raw.device.type == "mps" else raw.device, torch.float32)  # MPS has no float64
+    raw = raw.detach().to("cpu", torch.float32)
     if not torch.isfinite(raw).all():
         film, c = torch.nonzero(~torch.isfinite(raw))[0, :2].tolist()
         raise ValueError(f"class {classes[c]!r}: NaN or infinite class activation in film {film} of the batch")
     return raw
 
 
-def _film_sized(maps: Tensor, size: int | tuple[int, int] | None) -> Tensor:
-    return maps if size is None else resize(maps, size)
+def _film_taps(raw: Tensor, size: int | tuple[int, int] | None) -> tuple[np.ndarray, ...]:
+    """`bilinear.taps` of the rows and of the columns of maps (..., h, w) at the size of the film."""
+    sides = raw.shape[-2:]
+    ends = sides if size is None else (size, size) if isinstance(size, int) else size
+    return tuple(part for n, end in zip(sides, ends, strict=True) for part in taps(n, end))
 
 
-def _keys(values: Tensor) -> Tensor:
-    """The 32 bits of each float32 as an integer in the order of the values, int32, flat."""
-    bits = (values.flatten() + 0.0).view(torch.int32)  # -0 becomes 0
-    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+def _pixels(options: tuple[np.ndarray, ...], raw: Tensor) -> int:
+    return len(raw) * len(options[0]) * len(options[3])
 
 
-def _bins(keys: Tensor) -> Tensor:
-    return (keys >> _LOW_BITS).add_(_BINS // 2)
+@compiled
+def _keys(a, y_low, y_high, y_start, x_low, x_high, x_start, keys):
+    """The pixels of a map (h, w) at the size of the film: the 32 bits of each float32 as an integer in the order of the
+    values, int32 (H, W)."""
+    height, width = a.shape
+    ends = np.empty((2, len(x_low)), np.float32)
+    row = np.empty(len(x_low), np.float32)
+    bits = row.view(np.int32)
+    for y in range(height):
+        for end in range(2 * (y_start[y] < y_start[y + 1])):
+            source = a[min(y + end, height - 1)]
+            for x in range(width):
+                left, right = source[x], source[min(x + 1, width - 1)]
+                for i in range(x_start[x], x_start[x + 1]):
+                    ends[end, i] = fma(left, x_low[i], right * x_high[i])
+        for j in range(y_start[y], y_start[y + 1]):
+            for i in range(len(row)):
+                row[i] = fma(ends[0, i], y_low[j], ends[1, i] * y_high[j]) + np.float32(0)  # -0 becomes 0
+            for i in range(len(row)):
+                keys[j, i] = ((bits[i] >> 31) & 0x7FFFFFFF) ^ bits[i]
+
+
+@compiled
+def _count_bins(values, taps, counts):
+    """Count the pixels of maps (B, h, w) at the size of the film by bin; the smallest and the largest key."""
+    keys = np.empty((len(taps[0]), len(taps[3])), np.int32)
+    low, high = np.int32(2**31 - 1), np.int32(-(2**31))
+    for film in range(len(values)):
+        _keys(values[film], *taps, keys)
+        low, high = min(low, keys.min()), max(high, keys.max())
+        for key in keys.flat:
+            counts[(key >> _LOW_BITS) + _BINS // 2] += 1
+    return low, high
+
+
+@compiled
+def _count_low_bits(values, taps, bins, below, counts):
+    """Count the pixels in each of the ``bins`` by their lower bits, and those ``below`` each."""
+    keys = np.empty((len(taps[0]), len(taps[3])), np.int32)
+    for film in range(len(values)):
+        _keys(values[film], *taps, keys)
+        flat = keys.ravel()
+        for k in range(len(bins)):
+            first = np.int32((bins[k] - _BINS // 2) << _LOW_BITS)
+            less, not_more = 0, 0
+            for i in range(len(flat)):
+                less += flat[i] < first
+                not_more += (flat[i] >> _LOW_BITS) <= (first >> _LOW_BITS)
+            below[k] += less
+            if not_more > less:
+                for key in flat:
+                    if key >> _LOW_BITS == first >> _LOW_BITS:
+                        counts[k, key & ((1 << _LOW_BITS) - 1)] += 1
 
 
 def _values(keys: np.ndarray) -> np.ndarray:

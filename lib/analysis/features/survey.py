@@ -23,6 +23,7 @@ ALL = {"all": None}
 GRADIENT = ("grad", "hires", "gradpp", "xgrad")  # the four that the paper has numbers for
 CLOSED = (*GRADIENT, *(method for method in cam.METHODS if method not in GRADIENT))  # no further forward pass
 SLOW = ("score", "smooth_gradpp", "ss", "is")  # those that perturb the film
+KEPT_BYTES = 2 * 2**30  # of maps that wait for their second look; of a film of 15 classes at 14 x 14, 70 kB
 NO_FILMS = "there are no films: the split, or what was chosen from it, is empty"
 
 
@@ -181,7 +182,6 @@ def survey(
     methods: Sequence[str] | None = None,
     *,
     size: int | None = None,
-    keep: bool = False,
     progress: bool = False,
 ) -> Survey:
     """Importance matrices and logits of many films and, where `size` is given, the distribution of their class
@@ -194,9 +194,9 @@ def survey(
     size : int, optional
         Side of the films in pixels: maps are resampled to it before their values are counted (the paper's order).
         Default: none are counted.
-    keep : bool
-        Exact percentiles take a second look at the maps. True: those of all films are kept for it, which a few films
-        allow and slow methods ask for. False: the films go through the model twice.
+
+    Exact percentiles take a second look at the maps: they are kept for it, as long as they take at most `KEPT_BYTES`;
+    else the films go through the model twice.
 
     Raises
     ------
@@ -206,24 +206,32 @@ def survey(
     methods = view.methods(rows) if methods is None else methods
     matrices = {method: ImportanceMatrix(view.classes) for method in methods}
     first = {method: ActivationDistribution(view.classes, size) for method in methods if size}
-    seen, logits, kept = [], [], []
+    seen, logits, kept, room = [], [], [], KEPT_BYTES
     for batch, output, cams in film_cams(view, rows, methods, progress=progress):
         seen.append(np.asarray(batch.rows))
         logits.append(output.logits.cpu().numpy())
-        for (method, _), found in cams.items():
-            matrices[method].update(found.contributions, view.targets[seen[-1]])
-            if size:
-                first[method].update(found.maps)
-        if keep:
-            kept.append(cams)
+        maps = _raw(cams)
+        for method, matrix in matrices.items():
+            matrix.update(cams[method, "all"].contributions, view.targets[seen[-1]])
+        for method, distribution in first.items():
+            distribution.update(maps[method])
+        room -= sum(found.nbytes for found in maps.values())
+        if size and room >= 0:
+            kept.append(maps)
+        else:
+            kept.clear()
     second = {method: found.second_pass((10, 90)) for method, found in first.items()}
-    looks = kept if keep else (cams for _, _, cams in film_cams(view, rows, methods, progress=progress))
-    for cams in looks if size else ():
-        for (method, _), found in cams.items():
-            second[method].update(found.maps)
+    looks = kept or (_raw(cams) for _, _, cams in film_cams(view, rows, methods, progress=progress))
+    for maps in looks if size else ():
+        for method, exact in second.items():
+            exact.update(maps[method])
     importance = {method: matrix.result() for method, matrix in matrices.items()}
     exact = {method: found.percentiles().value for method, found in second.items()}
     return Survey(importance, np.concatenate(seen), np.concatenate(logits), first, exact)
+
+
+def _raw(cams):
+    return {method: found.maps.cpu() for (method, _), found in cams.items()}
 
 
 def with_principal(features: Mapping[str, np.ndarray] | None) -> dict:

@@ -271,7 +271,7 @@ def test_methods_that_perturb_the_film_join_on_a_few_films(monkeypatch):
     pd.testing.assert_frame_equal(found[:3], sums)
     slow = found[3:]
     assert slow["method"].eq("score").all() and slow["row"].unique().tolist() == ROWS[[2, 4, 6]].tolist()
-    scales = module.survey(seen, ROWS[[0, 2, 4]], ["score"], size=9, keep=True).scales()
+    scales = module.survey(seen, ROWS[[0, 2, 4]], ["score"], size=9).scales()
     expected = module.activation_sums(seen, ROWS[[2, 4, 6]], 1, scales, 9)
     np.testing.assert_allclose(slow["activation"], expected["activation"])
 

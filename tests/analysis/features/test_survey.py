@@ -128,17 +128,19 @@ def test_cam_is_surveyed_where_the_layer_is_pooled_and_only_there(case):
             survey.survey(view(case), ROWS, ["cam"])
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_percentiles_take_a_second_look_at_the_films_or_at_maps_that_were_kept(case, keep):
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_percentiles_take_a_second_look_at_maps_that_were_kept_or_at_the_films(case, share, monkeypatch):
     calls, seen = [], view(case)
 
     def batches(rows):
         calls.append(len(rows))
         return seen.batches(rows)
 
-    found = survey.survey(replace(seen, batches=batches), ROWS, METHODS, size=12, keep=keep)
-    assert calls == [N] * (1 if keep else 2)
-    other = survey.survey(view(case, 2), ROWS[::-1], METHODS, size=12, keep=not keep)
+    other = survey.survey(view(case, 2), ROWS[::-1], METHODS, size=12)
+    whole = sum(found.maps.nbytes for *_, cams in survey.film_cams(seen, ROWS, METHODS) for found in cams.values())
+    monkeypatch.setattr(survey, "KEPT_BYTES", int(share * whole))
+    found = survey.survey(replace(seen, batches=batches), ROWS, METHODS, size=12)
+    assert calls == [N] * (1 if share == 1 else 2)
     for method in METHODS:
         np.testing.assert_allclose(found.percentiles[method], other.percentiles[method], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="unknown bounds 'films'; choose pixels or image_extremes"):
@@ -147,7 +149,8 @@ def test_percentiles_take_a_second_look_at_the_films_or_at_maps_that_were_kept(c
         found.scales("log")
 
 
-def test_films_that_change_between_the_two_looks_are_named(case):
+def test_films_that_change_between_the_two_looks_are_named(case, monkeypatch):
+    monkeypatch.setattr(survey, "KEPT_BYTES", 0)
     seen = view(case)
     looks = iter([ROWS, ROWS[1:]])
     with pytest.raises(ValueError, match="the second pass saw other class activations"):
