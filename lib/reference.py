@@ -1,10 +1,12 @@
-"""What of a study's results goes into git: `python -m lib.reference STUDY`, or `make reference STUDY=…`.
+"""What of a study's results goes into git: `python -m lib.reference STUDY`, or `make reference STUDY=…`; of some of its
+runs, RUNS="…" as for `make study`.
 
 outputs/reference/<study>/ holds its tables, the figures on which no film is seen, and provenance.json: what they were
 made from, on what machine, in what time. README's tables of results are made of these files (`result_table`), and a
 test holds both together.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from lib.plan import load_plan
 from lib.state import environment
 from lib.tables.layout import long_metrics, number_text
 from lib.tables.names import display
+from lib.workflow import told
 
 FOLDER = ROOT / "outputs" / "reference"
 # No file that names single films or patients, and no picture of one.
@@ -95,12 +98,12 @@ def collect(study: Study) -> Path:
     size = sum(path.stat().st_size for path, _ in chosen)
     if size > LIMIT:
         raise ParameterError(f"{size / 1e6:.1f} MB of results; at most {LIMIT / 1e6:.1f} MB of a study go into git")
-    told, folder = provenance(study), FOLDER / study.study
+    made, folder = provenance(study), FOLDER / study.study
     shutil.rmtree(folder, ignore_errors=True)
     for path, place in chosen:
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / place)
-    records.write_json(told, folder / "provenance.json")
+    records.write_json(made, folder / "provenance.json")
     return folder
 
 
@@ -130,6 +133,6 @@ def result_table(folder: Path, task: str = "multilabel") -> str:
 
 if __name__ == "__main__":
     try:
-        print(collect(load_study(*sys.argv[1:2])))
+        print(collect(load_study(*sys.argv[1:2], **told(os.environ)[1])))
     except ParameterError as error:
         sys.exit(str(error))
