@@ -142,14 +142,14 @@ def outside(allowed, names):
 
 # From the ground up. A room imports only from the floors below it, and within itself: those side by side are strangers.
 FLOORS = (
-    ("lib.locks", "lib.losses", "lib.models", "lib.flat_yaml"),
+    ("lib.locks", "lib.losses", "lib.models", "lib.flat_yaml", "lib.light_torchvision"),
     ("lib.analysis", "lib.data", "lib.devices"),
     ("lib.params", "lib.tables"),
     ("lib.records", "lib.figures"),
     ("lib.state", "lib.workflow"),
     ("lib.runs", "lib.plan"),
-    ("lib.training", "lib.preflight", "lib.laboratory", "lib.evidence"),
-    ("lib.reference",),
+    ("lib.training", "lib.preflight", "lib.laboratory", "lib.evidence", "lib.explorer"),
+    ("lib.reference", "lib.report"),
 )
 WINGS = ("lib.analysis.dissection", "lib.analysis.features", "lib.analysis.relevance")
 
