@@ -209,10 +209,11 @@ def _refuse_constant(name):
     raise ValueError(f"{name} is no JSON")
 
 
-def write_figure(figure: Figure, path: str | Path, dpi: int = 200) -> None:
-    """Write a matplotlib figure as PNG and as PDF beside it, atomically. `path` has no suffix."""
+def write_figure(figure: Figure, path: str | Path, dpi: int = 200) -> Figure:
+    """Write a matplotlib figure as PNG and as PDF beside it, atomically, and return it. `path` has no suffix."""
     for suffix in (".png", ".pdf"):
         with atomic(Path(path).with_suffix(suffix)) as temporary:
             figure.savefig(
                 temporary, dpi=dpi, bbox_inches="tight", metadata={"CreationDate": None} if suffix == ".pdf" else None
             )
+    return figure

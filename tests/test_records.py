@@ -251,7 +251,7 @@ def test_figures(tmp_path):
     figure = Figure(figsize=(1, 1))
     figure.add_subplot().plot([0, 1])
     for _ in range(2):
-        records.write_figure(figure, tmp_path / "figures" / "fig1", dpi=50)
+        assert records.write_figure(figure, tmp_path / "figures" / "fig1", dpi=50) is figure
     assert sorted(os.listdir(tmp_path / "figures")) == ["fig1.pdf", "fig1.png"]
     assert (tmp_path / "figures" / "fig1.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "figures" / "fig1.pdf").read_bytes()[:4] == b"%PDF"

@@ -16,6 +16,9 @@ from lib.figures.features import (
     confounder_panel,
     consistency_scatter,
     film_titles,
+    films_to_show,
+    marked,
+    outlier_films,
     scaled_cams,
 )
 from lib.figures.importance import (
@@ -29,6 +32,6 @@ from lib.figures.importance import (
 from lib.figures.lenses import alignment_distributions, channel_panel, concept_distributions, loss_weights
 from lib.figures.release import ages, cooccurrence, film_grid, prevalence
 from lib.figures.study import cam_grid, performance
-from lib.figures.style import loss_styles
+from lib.figures.style import headed, loss_styles, other_findings
 from lib.figures.training import class_curves, reliability, training_curves
 from lib.figures.trunk_head import change_parts

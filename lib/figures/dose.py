@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.figures.style import DASHED, GREY, STYLE, by_loss, grid, legend, new_figure
+from lib.figures.style import DASHED, GREY, PAGE, STYLE, by_loss, grid, legend, new_figure
 
 NOISE = {False: "labels as they are", True: "labels as often wrong as NIH's"}
 
@@ -26,7 +26,7 @@ def dose_response(table: pd.DataFrame, metrics: Mapping[str, str], control: pd.D
         metric, value of untrained networks; their mean is the dashed line. A metric without a row has none.
     """
     noises = sorted(table["noise"].unique())
-    figure = new_figure(0.86 * len(metrics) + 0.75, data_label)
+    figure = new_figure(min(0.86 * len(metrics) + 0.75, PAGE), data_label)
     axes, handles = figure.subplots(len(metrics), len(noises), sharex=True, sharey="row", squeeze=False), []
     doses = sorted(table["prevalence"].unique(), reverse=True)
     for line, (metric, label) in zip(axes, metrics.items(), strict=True):

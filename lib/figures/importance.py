@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from lib.figures.study import loss_dots
@@ -49,7 +50,8 @@ def importance_panels(
 
     `train`, `test` : float (F, C), NaN where a class has no films (grey). The rows of both images are the features by
     the class for which they matter most on training films, then by how much, those that raise none last; one symmetric
-    scale, which leaves 1 % of the values beyond its ends. The line graph keeps the features' own order.
+    scale, which leaves 1 % of the values beyond its ends. The graph of the column ranks them by training films: their
+    own order means nothing.
     `reading` : which films were averaged over, part of the titles. ValueError: shapes that do not agree, or an unknown
     selected class.
     """
@@ -92,11 +94,12 @@ def importance_panels(
     c = list(classes).index(selected)
     below = grid_spec[1, :].subgridspec(1, 2, width_ratios=(3, 1))
     line, scatter = figure.add_subplot(below[0]), figure.add_subplot(below[1])
-    x, a, b = np.arange(len(train)), train[:, c] - train[:, c].mean(), test[:, c] - test[:, c].mean()
-    handles = line.plot(x, b, color=TEST, linewidth=0.7, label="test films")
-    handles = line.plot(x, a, color=TRAIN, linewidth=1.5, label="training films", zorder=1.9) + handles
+    ranked = np.argsort(-train[:, c], kind="stable")
+    x, a, b = np.arange(len(train)), *(matrix[ranked, c] - matrix[:, c].mean() for matrix in (train, test))
+    handles = line.plot(x, a, color=TRAIN, linewidth=1.5, label="training films")
+    handles += line.plot(x, b, ".", color=TEST, markersize=3, markeredgewidth=0, label="test films", zorder=1.9)
     line.set(
-        xlabel="Feature",
+        xlabel="Features, ranked by training films",
         ylabel="Importance minus mean",
         xlim=(-0.5, len(x) - 0.5),
         title=f"Selected class: {class_name(selected)}",
@@ -113,7 +116,7 @@ def importance_panels(
         scatter.remove()
         without = " or ".join(name for name, values in (("training", a), ("test", b)) if not np.isfinite(values).all())
         line.set_title(f"Selected class: {class_name(selected)} (no {without} films)")
-    legend(figure, handles)
+    line.legend(handles=handles, loc="upper right")
     return figure
 
 
@@ -168,7 +171,7 @@ def principal_curve(curves: pd.DataFrame, y: str = "share", *, data_label: str) 
             rows = rows.sort_values("k")
             handles += ax.plot(rows["k"], rows[y], color=style["color"], linewidth=1.1, label=label or "_")
         if y == "share":
-            ax.axhline(0.8, **DASHED)
+            handles.append(ax.axhline(0.8, label="80 %", **DASHED))
             ax.set(ylim=(0, 1.03), yticks=(0, 0.5, 1))
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(title=class_name(name), xscale="log", xlim=(1, last), box_aspect=1)
@@ -185,11 +188,14 @@ def principal_curve(curves: pd.DataFrame, y: str = "share", *, data_label: str) 
 
 
 @STYLE
-def class_overlap(overlap: Mapping[str, np.ndarray], classes: Sequence[str], *, data_label: str) -> Figure:
+def class_overlap(
+    overlap: Mapping[str, np.ndarray], classes: Sequence[str], *, chance: float, data_label: str
+) -> Figure:
     """How far the classes share their principal features: the Jaccard index of every two, a panel per loss. `overlap` :
     loss id to (C, C).
 
-    NaN: a class without principal features. ValueError where a matrix is not (C, C).
+    `chance` : that of features drawn at random, in (0, 1): white; brown is less, green more. NaN: a class without
+    principal features. ValueError where a matrix is not (C, C).
     """
     n = len(classes)
     for loss, matrix in overlap.items():
@@ -203,21 +209,23 @@ def class_overlap(overlap: Mapping[str, np.ndarray], classes: Sequence[str], *, 
     off = [np.asarray(matrix, float)[~np.eye(n, dtype=bool)] for matrix in overlap.values()]
     top = max(np.nanmax(np.concatenate(off), initial=0) if off else 0, 0.05)
     names, styles = [class_name(name) for name in classes], loss_styles(list(overlap))
+    reach = max(top - chance, chance)
+    look = {"cmap": mpl.colormaps["BrBG"].with_extremes(bad=PALE), "vmin": chance - reach, "vmax": chance + reach}
     for ax in axes.flat[len(overlap) :]:
         ax.set_visible(False)
     for ax, (loss, matrix) in zip(axes.flat, overlap.items()):
         shown = np.ma.masked_invalid(np.where(np.eye(n, dtype=bool), np.nan, matrix))
-        image = ax.imshow(shown, cmap=mpl.colormaps["Blues"].with_extremes(bad=PALE), vmin=0, vmax=top)
-        mean = f", mean {shown.mean():.2f}" if shown.count() else ""
+        image = ax.imshow(shown, **look)
+        mean = f", mean {shown.mean():.3f}" if shown.count() else ""
         ax.set_title(f"{display(loss)}{mean}", color=styles[loss]["color"], weight="bold")
         ax.set_xticks(range(n), names, rotation=_turn(classes))
         ax.set_yticks(range(n), names)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     if overlap:
-        figure.colorbar(
-            image, ax=axes, fraction=0.03, pad=0.01, aspect=30, label="Shared principal features (Jaccard index)"
-        )
+        bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=30)
+        bar.ax.set_ylim(0, chance + reach)
+        bar.set_label(f"Shared principal features (Jaccard index)\nwhite: by chance, {chance:.3f}")
     return figure
 
 
@@ -259,24 +267,28 @@ def loss_comparison(features: pd.DataFrame, *, data_label: str) -> Figure:
     """What the losses change in the importance matrix: how many features carry a class, and how far it shares them with
     other classes.
 
-    `features` : a row per loss and class: n_features80 (features that hold 80 % of the positive importance),
-    participation (their effective number) and overlap (mean Jaccard index with the other classes).
+    `features` : a row per loss and class, of `analysis.features.findings.features_of_losses`: n_features80 (features
+    that hold 80 % of the positive importance), participation (their effective number) and overlap (mean Jaccard index
+    with the other classes), each with <column>_ci_low and <column>_ci_high (NaN: no bar), and overlap_by_chance, of
+    features drawn at random: the dashed line. A column without any number has no panel.
     """
     names = {
         "n_features80": "Features with 80 %\nof the importance",
         "participation": "Effective number\nof features",
         "overlap": "Overlap with other\nclasses (Jaccard)",
     }
+    names = {column: name for column, name in names.items() if features[column].notna().any()}
     losses, classes = present(LOSSES, features["loss"]), list(dict.fromkeys(features["class"]))
     position = {name: float(i) for i, name in enumerate(classes)}
-    figure = new_figure(0.2 * len(classes) + 1.0, data_label)
-    axes, handles = figure.subplots(1, 3, sharey=True), []
+    figure = new_figure(max(0.2 * len(classes), 0.45) + 1.0, data_label)
+    axes, handles = figure.subplots(1, len(names), sharey=True, squeeze=False)[0], []
     for ax, (column, name) in zip(axes, names.items()):
-        rows = features[["loss", "class"]].assign(value=features[column], ci_low=np.nan, ci_high=np.nan)
-        handles += loss_dots(ax, rows, position, losses, column)
+        values = {"value": features[column]} | {end: features[f"{column}_{end}"] for end in ("ci_low", "ci_high")}
+        handles += loss_dots(ax, features[["loss", "class"]].assign(**values), position, losses, column)
+        if column == "overlap":
+            handles.append(ax.axvline(features["overlap_by_chance"].mean(), label="by chance", **DASHED))
         ax.set_xlabel(name)
-        ax.set_xlim(left=-0.03 * ax.get_xlim()[1])
     axes[0].set_yticks(list(position.values()), [class_name(name) for name in position])
     axes[0].set_ylim(len(classes) - 0.4, -0.6)
-    legend(figure, handles)
+    legend(figure, [*handles, Line2D([], [], color=GREY, linewidth=0.9, label="95 % interval")])
     return figure

@@ -1,5 +1,6 @@
 """What the lenses of Khakzar et al. see in one run: overlap with boxes, concepts, single channels."""
 
+import textwrap
 from collections.abc import Sequence
 from itertools import product
 
@@ -13,8 +14,10 @@ from matplotlib.patches import Rectangle
 from lib.analysis.localization import METRICS
 from lib.figures.style import (
     DASHED,
+    GREY,
     INK,
     NEUTRAL,
+    PAGE,
     STYLE,
     WIDTH,
     YELLOW,
@@ -40,18 +43,23 @@ def alignment_distributions(alignment: pd.DataFrame, *, data_label: str) -> Figu
     figure = new_figure(0.3 * len(medians) + 0.95, data_label)
     metrics = {name: metric for name, metric in METRICS.items() if metric.chance}
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    dots = {"color": NEUTRAL, "alpha": 0.4, "markersize": 3, "markeredgewidth": 0, "rasterized": True}
+    dots = {"color": NEUTRAL, "alpha": 0.5, "markersize": 2.2, "markeredgewidth": 0, "rasterized": True}
     white = {"color": "white", "markeredgecolor": INK, "markersize": 4.5}
     yellow = {"color": YELLOW, "markeredgecolor": "black", "markeredgewidth": 0.4, "markersize": 5}
     for ax, (name, metric) in zip(axes, metrics.items()):
         for y, group in enumerate(medians.index):
             rows = alignment[alignment["class"] == group].dropna(subset=[name])
             low, high = rows[name].quantile([0.25, 0.75])
-            ax.plot(rows[name], y + rng.uniform(-0.28, 0.28, len(rows)), ".", **dots)
+            if rows.empty:
+                ax.text(0, y, "every map is empty", va="center", fontsize=7, color=GREY)
+            handles += ax.plot(
+                rows[name], y + rng.uniform(-0.28, 0.28, len(rows)), "o", label="a pair of film and class", **dots
+            )
             handles += ax.plot((low, high), (y, y), color=INK, linewidth=2.5, solid_capstyle="butt", label="quartiles")
             handles += ax.plot(rows[name].mean(), y, "o", label="mean", **white)
-            handles += ax.plot(rows[metric.chance].mean(), y, "d", label="mean expected by chance", **yellow)
-        ax.set(xlim=(-0.02, 1.02), xlabel=f"{metric.label} per pair of film and class")
+            handles += ax.plot(rows[metric.chance].mean(), y + 0.3, "d", label="mean expected by chance", **yellow)
+        text = f"{metric.label}: {metric.meaning}"
+        ax.set(xlim=(-0.02, 1.02), xlabel=textwrap.fill(text, 96 // len(metrics)))
         grid(ax)
     axes[0].set_yticks(range(len(medians)), [f"{class_name(name)} ({counts[name]:,})" for name in medians.index])
     axes[0].set_ylim(len(medians) - 0.4, -0.6)
@@ -86,23 +94,25 @@ def channel_panel(
     boxes: Sequence,
     row_titles: Sequence[str],
     *,
+    names: Sequence | None = None,
     data_label: str,
 ) -> Figure:
     """What single channels respond to: a row per channel, its films in columns, marked where the map reaches the
     threshold, with the boxes.
 
     `films` : uint8 (R, K, S, S).   `maps` : float (R, K, S, S), resized to the film.   `thresholds` : (R,).   `boxes` :
-    [R][K] sequences of (x1, y1, x2, y2) in pixels of S.   `row_titles` : R, such as 'channel 17'.   ValueError where
-    maps and films differ in shape.
+    [R][K] sequences of (name, box), see `style.other_findings`.   `row_titles` : R, such as 'channel 17'.   `names` :
+    [R][K] of the films.   ValueError where maps and films differ in shape.
     """
     if maps.shape != films.shape:
         raise ValueError(f"maps are {maps.shape}, films {films.shape}: resize the maps to the films")
     rows, columns, size = films.shape[:3]
-    figure = new_figure(rows * ((WIDTH - 0.2) / columns) + 0.5, data_label)
+    figure = new_figure(min(rows * ((WIDTH - 0.2) / columns + 0.12) + 0.5, PAGE), data_label)
     axes = figure.subplots(rows, columns, squeeze=False)
     for i, j in product(range(rows), range(columns)):
         ax, above = axes[i, j], maps[i, j] >= thresholds[i]
-        show_film(ax, films[i, j], boxes[i][j])
+        show_film(ax, films[i, j], others=boxes[i][j])
+        ax.set_xlabel("" if names is None else names[i][j], fontsize=7, labelpad=2)
         ax.imshow(np.where(above, 1.0, np.nan), cmap=ListedColormap([YELLOW]), alpha=0.4, extent=(0, size, size, 0))
         if above.any() and not above.all():
             centres = np.arange(size) + 0.5
@@ -133,7 +143,8 @@ def loss_weights(criterion: Criterion, classes: Sequence[str], *, data_label: st
     for ax, side, probability, loss in zip(axes, ("with", "without"), (p, 1 - p), sides):
         ax.plot(p, -np.log(probability), label="BCE", **DASHED)
         for output, colour in zip(chosen, (NEUTRAL, YELLOW)):
-            ax.plot(p, loss[:-1, output], color=colour, label=class_name(classes[output]))
+            label = class_name(classes[output]) if len(chosen) > 1 else "every class"
+            ax.plot(p, loss[:-1, output], color=colour, label=label)
         ax.set(title=f"Film {side} the finding", xlabel="Predicted probability", xlim=(0, 1), ylim=(0, 3))
         grid(ax, "both")
     axes[0].set_ylabel("Loss of the film")

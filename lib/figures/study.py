@@ -1,6 +1,7 @@
 """All runs of a study together: Khakzar et al., Figures 1 and 2."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import matplotlib as mpl
@@ -11,13 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from lib.analysis.localization import METRICS
 from lib.figures.style import (
+    BOX,
     DARK_RIM,
     DASHED,
     FILM_GREY,
     GREY,
     HEAT,
     INK,
+    PAGE,
     STYLE,
     WIDTH,
     class_name,
@@ -39,18 +43,24 @@ def cam_grid(
     classes: Sequence[str],
     probabilities: np.ndarray,
     *,
+    scores: Mapping[str, np.ndarray] | None = None,
+    names: Sequence[str] = (),
+    others: Sequence = (),
     losses: Sequence[str] = tuple(LOSSES),
     data_label: str,
 ) -> Figure:
     """Khakzar et al., Fig. 1: a row per film, the film with its boxes, then the class activation map of every loss, on
-    one scale.
+    one scale, with its numbers beneath. No taller than a page.
 
     Parameters
     ----------
     films : uint8 (R, S, S).
-    cams : float (R, L, h, w) in [0, 1] over the whole film; NaN where there is no run.
+    cams : float (R, L, h, w) in [0, 1] over the whole film; NaN where there is no run. A map of zeros says it is empty.
     boxes : R sequences of (x1, y1, x2, y2) in pixels of S, ends exclusive.
-    classes, probabilities : the class of each row, and (R, L) what each run predicts for it (NaN: not printed).
+    classes, probabilities : the class of each row, and (R, L) what each run predicts for it.
+    scores : by the id of a localization metric (R, L) values, printed beside the probability; NaN is a dash.
+    names : R names of the films.
+    others : R sequences of (name, box), see `style.other_findings`.
     losses : L ids, the columns.
 
     Raises
@@ -59,34 +69,80 @@ def cam_grid(
     """
     rows, columns = cams.shape[:2]
     fit = len(films) == len(boxes) == len(classes) == rows and len(losses) == columns
-    if not fit or np.shape(probabilities) != (rows, columns):
-        what = "films, boxes, classes, losses or probabilities"
+    numbers = {"P": probabilities} | {display(metric): values for metric, values in (scores or {}).items()}
+    if not fit or any(np.shape(values) != (rows, columns) for values in numbers.values()):
+        what = "films, boxes, classes, losses, probabilities or scores"
         raise ValueError(f"cams are {rows} films x {columns} losses; {what} do not match")
-    title_lines = sum(1 + (len(class_name(name)) > 14) for name in classes)
-    side = min((WIDTH - 0.65) / (columns + 1), 1.8)
-    figure = new_figure(rows * (side + 0.02) + 0.14 * title_lines + 0.4, data_label, side * (columns + 1) + 0.65)
-    axes = figure.subplots(rows, columns + 1, squeeze=False)
-    size = films.shape[-1]
+    names, others, size = names or [""] * rows, others or [()] * rows, films.shape[-1]
+    beside = max((0.1 + 0.062 * len(name) for film in others for name, _ in film), default=0)  # for names of boxes
+    meaning = ["P: probability that the run gives to the class of the row."]
+    meaning += [f"{METRICS[metric].label}: {METRICS[metric].meaning}." for metric in scores or {}]
+    meaning += ["Boxes: thick of that class, thin of other findings."] * bool(beside)
+    options = []
+    for blocks in range(1, rows + 1):  # of rows side by side, where few losses leave room
+        pitch, down = (WIDTH / blocks - 0.3 - beside) / (columns + 1), -(-rows // blocks)
+        apart = " " if pitch > 0.38 * len(numbers) else "\n"  # else the numbers stand under each other
+        below = 0.08 + 0.12 * (len(numbers) if apart == "\n" else 1)
+        side = min(pitch - 0.05, 1.8, (PAGE - 1) / down - below)
+        pitch = min(pitch, max(side + 0.12, 0.4 * len(numbers) if apart == " " else 0))
+        options.append((side - 0.1 * blocks, side, blocks, down, pitch, apart, below))
+    _, side, blocks, down, pitch, apart, below = max(options)
+    film = max(side + 0.05 + beside, 0.066 * max(map(len, names)))
+    width = blocks * (columns * pitch + film + 0.25)
+    key = textwrap.fill(" ".join(meaning), int(17.5 * width))
+    foot = 0.4 + 0.12 * (key.count("\n") + 1)
+    height = down * (side + below) + foot + 0.2
+    figure = new_figure(height, data_label, width)
+    figure.get_layout_engine().set(rect=(0, foot / height, 1, 1 - foot / height), h_pad=0.02, w_pad=0.02)
+    shares = blocks * [film, *columns * [pitch]]
+    grid = figure.subplots(down, len(shares), squeeze=False, width_ratios=shares)
+    axes = np.concatenate(np.split(grid, blocks, axis=1))
+    for ax in axes[rows:].flat:
+        ax.set_visible(False)
     shown = {"cmap": HEAT, "vmin": 0, "vmax": 1, "extent": (0, size, size, 0), "interpolation": "bilinear"}
     for i, j in product(range(rows), range(columns + 1)):
-        ax, title = axes[i, j], class_name(classes[i])
-        show_film(ax, films[i], boxes[i])
-        if j and np.isfinite(cams[i, j - 1]).all():
+        ax = axes[i, j]
+        show_film(ax, films[i], boxes[i], others=[("", box) for _, box in others[i]])
+        if j == 0:
+            title = textwrap.fill(class_name(classes[i]), int(13 * (side + below)), break_long_words=False)
+            ax.set_ylabel(title, fontsize=7, weight="bold", labelpad=2)
+            ax.set_xlabel(names[i], fontsize=7, labelpad=2, loc="left" if beside else "center")
+            ax.set_anchor("W" if beside else "C")
+            name_beside(ax, others[i], size / side)
+            continue
+        known = np.isfinite(cams[i, j - 1]).all()
+        if known:
             ax.imshow(cams[i, j - 1], zorder=0.5, **shown)
-        elif j:
-            ax.text(size / 2, size / 2, "no run", ha="center", color="white", path_effects=DARK_RIM)
-        if j and np.isfinite(probabilities[i, j - 1]):
-            title += ("\n" if len(title) > 14 else " ") + f"p={probabilities[i, j - 1]:.2f}"
-        ax.set_title(title, fontsize=7, pad=2)
+            printed = ((name, f"{values[i, j - 1]:.2f}".removeprefix("0")) for name, values in numbers.items())
+            ax.set_xlabel(
+                apart.join(f"{name} {text.replace('nan', '–')}" for name, text in printed), fontsize=7, labelpad=2
+            )
+        if not known or not cams[i, j - 1].any():
+            text = "empty" if known else "no run"
+            ax.text(size / 2, size / 2, text, ha="center", color="white", path_effects=DARK_RIM)
     headings = {"Film and boxes": INK} | {display(loss): style["color"] for loss, style in loss_styles(losses).items()}
-    above = (0, 23 if len(class_name(classes[0])) > 14 else 13), "axes fraction", "offset points"
-    for ax, (name, colour) in zip(axes[0], headings.items()):
-        ax.annotate(name, (0.5, 1), *above, ha="center", weight="bold", color=colour)
+    for ax, (name, colour) in zip(grid[0], blocks * [*headings.items()]):
+        ax.set_title(name, weight="bold", color=colour, pad=3, loc="left" if beside and colour == INK else "center")
+    # In the strip at the foot: beside the panels the bar would narrow them.
+    place = figure.add_axes((0.12 / width, 0.22 / height, 1.1 / width, 0.07 / height))
+    place.set_in_layout(False)
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), HEAT)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, aspect=30, shrink=0.8 if rows > 1 else 1)
-    bar.set_label("class activation" if rows == 1 else "class activation, each map scaled to [0, 1]")
-    bar.ax.set_facecolor(FILM_GREY)
+    figure.colorbar(scale, cax=place, orientation="horizontal", ticks=(0, 1))
+    place.set_facecolor(FILM_GREY)
+    text = "class activation" if rows == 1 else "class activation, each map scaled to [0, 1]"
+    figure.text(1.3 / width, 0.255 / height, text, fontsize=7, va="center")
+    figure.text(0.05 / width, 0.34 / height, key, fontsize=7, va="bottom", color=GREY)
     return figure
+
+
+def name_beside(ax: Axes, others: Sequence, inch: float) -> None:
+    """The names of boxes at the right of a film of `inch` pixels an inch, each with a line from its box."""
+    at = -0.06 * inch
+    look = {"color": "#007f8c", "fontsize": 7, "va": "center", "annotation_clip": False, "in_layout": False}
+    line = {"arrowstyle": "-", "color": BOX, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+    for y, x, name in sorted((y1, x2, name) for name, (_, y1, x2, _) in others):
+        at = max(y, at + 0.12 * inch)
+        ax.annotate(class_name(name), (x, y), (ax.get_xlim()[1] + 0.06 * inch, at), arrowprops=line, **look)
 
 
 @STYLE
@@ -107,23 +163,26 @@ def performance(results: pd.DataFrame, *, data_label: str) -> Figure:
         y += len(names) + 0.35 * bool(names)
     results = results[multilabel | ~average]
     backbones, losses = present(BACKBONES, results["backbone"]) or [""], present(LOSSES, results["loss"])
-    figure = new_figure(len(backbones) * (0.165 * y + 0.55) + 0.4, data_label)
+    line = min(0.165, ((PAGE - 0.4) / len(backbones) - 0.55) / max(y, 1))
+    figure = new_figure(len(backbones) * (line * y + 0.55) + 0.4, data_label)
     axes = figure.subplots(len(backbones), len(metrics), squeeze=False, sharey=True, sharex="col")
     handles = []
     for i, j in product(range(len(backbones)), range(len(metrics))):
         rows = results[(results["backbone"] == backbones[i]) & (results["metric"] == metrics[j])]
         handles += loss_dots(axes[i, j], rows, position, losses, metrics[j])
         axes[i, j].set_title(f"{display(metrics[j])}, {display(backbones[i])}", pad=3)
+    for ax in axes[0, :2]:
+        ax.set_xlim(right=1.02)
     names = [class_name(name).replace("Unhealthy", "Unhealthy (binary)") for name in position]
     axes[0, 0].set_yticks(list(position.values()), names)
     axes[0, 0].set_ylim(y - 0.75, -0.6)
-    legend(figure, [*handles, Line2D([], [], color=GREY, linewidth=0.9, label="95 % interval")])
+    legend(figure, [*handles, Line2D([], [], color=GREY, linewidth=0.9, label="95 % interval")], 8)
     return figure
 
 
 def loss_dots(ax: Axes, rows: pd.DataFrame, position: dict[str, float], losses: list[str], metric: str) -> list:
     """A line of the panel per class, the losses beside each other in it, a marker and its interval each; dashed or
-    black: no skill."""
+    black: what chance alone gives."""
     for y in list(position.values())[::2]:
         ax.axhspan(y - 0.5, y + 0.5, color="#f2f2f2", linewidth=0)
     handles, plain = [], {"linestyle": "none", "markersize": 2.7, "markeredgewidth": 0}
@@ -133,7 +192,7 @@ def loss_dots(ax: Axes, rows: pd.DataFrame, position: dict[str, float], losses: 
         ax.hlines(y, mine["ci_low"], mine["ci_high"], color=style["color"], linewidth=0.9)
         handles += ax.plot(mine["value"], y, label=display(loss), **plain, **style)
     if metric == "auroc":
-        ax.axvline(0.5, **DASHED)
+        handles.append(ax.axvline(0.5, label="chance", **DASHED))
     if metric in ("ap", "mean_probability") and "prevalence" in rows:
         known = rows.dropna(subset=["prevalence"]).drop_duplicates("class")
         y = known["class"].map(position).astype(float)
@@ -142,5 +201,5 @@ def loss_dots(ax: Axes, rows: pd.DataFrame, position: dict[str, float], losses: 
     grid(ax)
     ax.tick_params(axis="y", length=0)
     ax.tick_params(axis="x", labelbottom=True)
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(8, steps=(1, 2.5, 5, 10)))  # multiples of any of these meet 0.5 and 1
     return handles

@@ -1,5 +1,6 @@
 """What every figure shares: type, colours, the strip with the data label, a film with its boxes."""
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from matplotlib.patches import Rectangle
 from lib.tables.names import LOSSES, class_name, display, ordered
 
 WIDTH = 7.0  # inches
+PAGE = 8.6  # of height: with a heading and the margin of the file a figure fits a page of 9
 LOSS_STYLES = {
     "bce": {"color": "#4d4d4d", "marker": "o"},
     "wbce": {"color": "#0072b2", "marker": "s"},
@@ -58,10 +60,28 @@ def new_figure(height: float, data_label: str, width: float = WIDTH) -> Figure:
     if not data_label.strip():
         raise ValueError("data_label is empty: say what the figure was measured on")
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    strip = 0.17 / height
+    data_label = textwrap.fill(data_label, int(17 * width))
+    strip = (0.17 + 0.11 * data_label.count("\n")) / height
     figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
     foot = {"ha": "right", "va": "bottom", "fontsize": 7, "style": "italic", "color": GREY}
     figure.text(1 - 0.05 / width, 0.03 / height, data_label, **foot)
+    return figure
+
+
+def headed(figure: Figure, text: str) -> Figure:
+    """The figure with a heading, such as class, backbone and loss: above its legend or in a strip of its own, by which
+    it grows at the head."""
+    lines, layout = textwrap.wrap(text, int(figure.get_figwidth() * 72 / 5)), figure.get_layout_engine()
+    strip = 0.06 + 0.14 * len(lines)
+    height = figure.get_figheight() + strip
+    figure.set_figheight(height)
+    if figure.legends:  # both would want the upper edge
+        figure.legends[0].set_title("\n".join(lines), {"size": 8, "weight": "bold"})
+        return figure
+    left, bottom, width, share = layout.get()["rect"]
+    layout.set(rect=(left, bottom, width, share - strip / height))
+    look = {"ha": "center", "va": "top", "fontsize": 8, "weight": "bold"}
+    figure.text(0.5, 1 - 0.04 / height, "\n".join(lines), **look)
     return figure
 
 
@@ -82,7 +102,7 @@ def class_panels(
     """A square panel per class with the axis labels `x` and `y` at the edges, and the rows of its class."""
     names = list(dict.fromkeys(predictions["class"]))
     columns = min(5, len(names))
-    figure, axes = panels(len(names), columns, 1.0 if columns > 2 else 2.2, 0.38, data_label)
+    figure, axes = panels(len(names), columns, 1.0 if columns > 2 else 2.2, 0.5, data_label)
     for i, (ax, name) in enumerate(zip(axes, names)):
         ax.set(title=class_name(name), box_aspect=1)
         ax.set_xlabel(x if i + columns >= len(names) else "", fontsize=7)
@@ -110,12 +130,12 @@ def by_loss(frame: pd.DataFrame) -> list[tuple[dict[str, str], str, pd.DataFrame
     return [(style, display(loss), frame[frame["loss"] == loss]) for loss, style in styles.items()]
 
 
-def legend(figure: Figure, handles: Sequence) -> None:
+def legend(figure: Figure, handles: Sequence, columns: int = 6) -> None:
     """A legend above all panels, of every label once; labels that begin with _ are left out."""
     labelled = {handle.get_label(): handle for handle in handles if not handle.get_label().startswith("_")}
     if labelled:
         space = {"handletextpad": 0.4, "columnspacing": 1.6}
-        figure.legend(handles=list(labelled.values()), loc="outside upper center", ncols=6, **space)
+        figure.legend(handles=list(labelled.values()), loc="outside upper center", ncols=columns, **space)
 
 
 def grid(ax: Axes, axis: str = "x") -> None:
@@ -123,21 +143,39 @@ def grid(ax: Axes, axis: str = "x") -> None:
     ax.grid(axis=axis, color=PALE, linewidth=0.4)
 
 
-def show_film(ax: Axes, film: np.ndarray, boxes: Sequence = (), names: Sequence[str] = ()) -> None:
-    """A film in its own pixels with the corners at (0, 0) and (S, S), so that exclusive box ends land on pixel
-    edges."""
+def show_film(
+    ax: Axes, film: np.ndarray, boxes: Sequence = (), names: Sequence[str] = (), others: Sequence = ()
+) -> None:
+    """A film in its own pixels with the corners at (0, 0) and (S, S), so that exclusive box ends land on pixel edges.
+    `others` : (name, box) of what else is marked, drawn thin and named, see `other_findings`."""
     size = film.shape[-1]
     ax.imshow(film, cmap="gray", vmin=0, vmax=255, extent=(0, size, size, 0))
     ax.set(xticks=[], yticks=[], xlim=(0, size), ylim=(size, 0))
     ax.spines[:].set_visible(False)
-    frame = {"fill": False, "edgecolor": BOX, "linewidth": 1, "path_effects": DARK_RIM}
-    word = {"color": BOX, "fontsize": 7, "path_effects": DARK_RIM}
-    for i, (x1, y1, x2, y2) in enumerate(boxes):
-        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **frame))
-        if i < len(names):  # names above and below by turns: the boxes of one film often start at the same height
-            edge = np.clip(y2, 0, 0.91 * size) if i % 2 else np.clip(y1, 0.09 * size, size)
-            side = "top" if i % 2 else "bottom"
-            ax.text(np.clip(x1, 0, 0.5 * size), edge, class_name(names[i]), va=side, **word)
+    for width, several in ((0.5, [box for _, box in others]), (1, boxes)):
+        frame = {"fill": False, "edgecolor": BOX, "linewidth": width}
+        rim = [patheffects.withStroke(linewidth=2 * width, foreground="black", alpha=0.6)]
+        for x1, y1, x2, y2 in several:
+            ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, path_effects=rim, **frame))
+    word, taken = {"color": BOX, "fontsize": 7, "va": "top", "path_effects": DARK_RIM}, []
+    # Of a line of type in pixels; the side in inches is not known before the layout is made, but about.
+    line, letter = np.array([8.5, 4.3]) / 72 * size / (1.3 * min(ax.get_position().size * ax.figure.get_size_inches()))
+    for name, (x1, y1, _, y2) in [*zip(names, boxes), *others]:
+        long = letter * len(name)
+        x, anywhere = np.clip(x1, 0, max(size - long, 0)), sorted(np.arange(0, size, line), key=lambda y: abs(y - y1))
+        near = [y for y in (y1 - line, y2, y1, y2 - line, *anywhere) if 0 <= y <= size - line]
+        free = [y for y in near if not any(abs(y - v) < line and x < u + w and u < x + long for u, v, w in taken)]
+        taken.append((x, [*free, *near, 0][0], long))
+        ax.text(*taken[-1][:2], class_name(name), **word)
+
+
+def other_findings(boxes: pd.DataFrame, pairs: pd.DataFrame) -> list[list[tuple[str, np.ndarray]]]:
+    """For `show_film`, of each of `pairs` (image, class): class and corners of the film's boxes of every other class.
+    `boxes` : image, class, x1, y1, x2, y2."""
+    by_film, corners = dict(list(boxes.groupby("image"))), ["x1", "y1", "x2", "y2"]
+    films = [by_film.get(image, boxes[:0]) for image in pairs["image"]]
+    rows = [film[film["class"] != name] for film, name in zip(films, pairs["class"])]
+    return [list(zip(found["class"], found[corners].to_numpy(float))) for found in rows]
 
 
 def correlation_text(x: np.ndarray, y: np.ndarray) -> str:

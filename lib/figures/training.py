@@ -27,7 +27,8 @@ def training_curves(history: pd.DataFrame, *, kept_epoch: int | None = None, dat
     left.set(xlabel="Epoch", ylabel="Loss")
     right.set(xlabel="Epoch", ylabel="Macro AUROC, validation")
     for ax in (left, right):
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.set_xlim(history["epoch"].min() - 0.5, history["epoch"].max() + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
         grid(ax, "both")
     legend(figure, handles)
     return figure
@@ -35,7 +36,7 @@ def training_curves(history: pd.DataFrame, *, kept_epoch: int | None = None, dat
 
 @STYLE
 def class_curves(predictions: pd.DataFrame, kind: str, *, data_label: str) -> Figure:
-    """ROC (`kind` 'roc') or precision-recall ('pr') curves, a panel per class with AUROC or AP in it; dashed: no skill.
+    """ROC (`kind` 'roc') or precision-recall ('pr') curves, a panel per class under its AUROC or AP; dashed: chance.
 
     `predictions` : class, target (0/1), logit. A class with one label only has no curve and says so.
     """
@@ -53,8 +54,8 @@ def class_curves(predictions: pd.DataFrame, kind: str, *, data_label: str) -> Fi
             continue
         x, y, value = _curve(rows["target"].to_numpy(), rows["logit"].to_numpy(), kind)
         ax.plot(x, y, color=NEUTRAL, linewidth=1, drawstyle=steps)
-        place, side = ((1, 0.04), "right") if kind == "roc" else ((0.02, 0.04 + min(prevalence, 0.4)), "left")
-        ax.text(*place, f"{value:.2f}", ha=side, fontsize=7, color=NEUTRAL, path_effects=LIGHT_RIM)
+        name = {"roc": "AUROC", "pr": "AP"}[kind]
+        ax.set_title(f"{ax.get_title()}\n{name} {value:.2f}")
     return figure
 
 
@@ -91,9 +92,10 @@ def reliability(predictions: pd.DataFrame, *, bins: int = 8, data_label: str) ->
         parts = np.array_split(rows["target"].to_numpy(), min(bins, len(rows)))
         k, n = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
         x = [part.mean() for part in np.array_split(expit(rows["logit"].to_numpy(np.float64)), len(parts))]
-        ax.vlines(x, *beta.ppf([[0.025], [0.975]], k + 0.5, n - k + 0.5), color=NEUTRAL, linewidth=0.7, alpha=0.6)
+        low, high = beta.ppf([[0.025], [0.975]], k + 0.5, n - k + 0.5)
+        ax.vlines(x, low, high, color=NEUTRAL, linewidth=0.7, alpha=0.6)
         ax.plot(x, k / n, **dots)
-        reach = max(*x, *(k / n))
+        reach = max(*x, *high)
         top = next(limit for limit in (0.05, 0.1, 0.2, 0.5, 1) if reach <= limit)
         ax.plot((0, 1), (0, 1), **DASHED)
         ax.set(xlim=(-0.03 * top, 1.03 * top), ylim=(-0.03 * top, 1.03 * top))

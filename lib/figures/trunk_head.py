@@ -3,16 +3,17 @@
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from lib.figures.style import DASHED, GREY, INK, STYLE, YELLOW, grid, loss_styles, new_figure, present
+from lib.figures.style import DASHED, GREY, INK, PINK, STYLE, YELLOW, grid, loss_styles, new_figure, present
 from lib.tables.names import LOSSES, display
 
-# Every part has a marker of its own, so that a print in grey can be read too.
+# Every part has a marker of its own, so that a print in grey can be read too, and the colour of no loss.
 PARTS = {
     "trained": ("as trained", INK, "D"),
     "whole": ("heads refitted = trunk + head", INK, "o"),
-    "trunk": ("the trunk's part", "#009e73", "s"),
-    "head": ("the head's part", "#d55e00", "^"),
+    "trunk": ("the trunk's part", "#56b4e9", "s"),
+    "head": ("the head's part", PINK, "^"),
     "interaction": ("interaction of both", GREY, "x"),
     "constant": ("BCE and a constant a class", YELLOW, "P"),
 }
@@ -55,5 +56,6 @@ def change_parts(changes: pd.DataFrame, *, data_label: str) -> Figure:
     axes[0].set_ylim(len(losses) - 0.45, -0.55)
     for text, style in zip(axes[0].get_yticklabels(), loss_styles(losses).values()):
         text.set(color=style["color"], weight="bold")
-    figure.legend(handles=handles[: len(PARTS)], loc="outside upper center", ncols=3)
+    interval = Line2D([], [], color=GREY, linewidth=1, label="95 % interval")
+    figure.legend(handles=[*handles[: len(PARTS)], interval], loc="outside upper center", ncols=4, columnspacing=1.2)
     return figure

@@ -20,6 +20,13 @@ def scale_label(data_label: str, kind: str, bounds: str) -> str:
     return data_label if usual else f"{data_label}; common scale: {kind}, from {bounds}"
 
 
+def headings(run) -> tuple[str, str, str]:
+    """Headings of the figures of a `lib.params.Run`: of the run, of its selected class, and by loss."""
+    task, backbone, loss = map(display, (run.task, run.backbone, run.loss))
+    of_run = f"{task}, {backbone}, {loss}, seed {run.seed}"
+    return of_run, f"{class_name(run.selected_class)}: {of_run}", f"{task}, {backbone}, by loss, seed {run.seed}"
+
+
 def selection_text(share: float, masks: np.ndarray, selected: int, union: bool = False) -> str:
     """How the principal features were chosen, as Tables II to IV say it. `masks` : bool (F, C). `union` : of the
     features of all ten digits, as Table II has them."""

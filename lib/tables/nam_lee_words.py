@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from lib.analysis.lens_effects import metric_of
-from lib.analysis.relevance.sanity import OTHER_FILM
+from lib.analysis.controls import OTHER_FILM
+from lib.analysis.place import metric_of
 from lib.tables.layout import number_text
 from lib.tables.nam_lee import METHODS
 from lib.tables.names import display

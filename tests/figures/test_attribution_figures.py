@@ -3,6 +3,9 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import image as plt_image
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from lib import figures
 from lib.figures import style
@@ -34,18 +37,18 @@ def test_grid_shows_every_map_on_one_symmetric_scale():
     )
     found = drawn(figure)
     assert {
-        "Cardiomegaly p=0.88",
+        "P(Cardiomegaly) =\u00a00.88".replace(" ", "\n"),
         "normal film",
         "Film and boxes",
         "CAM",
         "LRP",
         "RAP",
-        "no relevance",
+        "empty",
         "no stable map",
     } <= found
-    assert any(text.replace("\n", " ") == "Pleural Thickening p=0.25" for text in found)
+    assert any(text.split() == ["P(Pleural", "Thickening)", "=", "0.25"] for text in found)
     assert len(figure.axes) == 13  # 3 x 4 panels and one colour bar
-    assert [ax.texts[-1].get_text() for ax in (figure.axes[6], figure.axes[11])] == ["no relevance", "no stable map"]
+    assert [ax.texts[-1].get_text() for ax in (figure.axes[6], figure.axes[11])] == ["empty", "no stable map"]
     images = relevance_images(figure)
     assert len(images) == 8 and {image.get_clim() for image in images} == {(-1, 1)}
     shown = [np.asarray(image.get_array()) for image in images]
@@ -87,8 +90,12 @@ def test_grid_of_several_models_stays_within_the_page(count):
         RNG.random((2, count)),
         data_label=LABEL,
     )
-    found = {text.replace("\n", " ") for text in drawn(figure)}
-    assert set(columns) <= found and sum(text.startswith("p=") for text in found) >= 1
+    found = {text.replace("-\n", "-").replace("\n", " ") for text in drawn(figure)}
+    assert (
+        set(columns) <= found
+        and sum(ax.get_title().startswith("P(Pneumonia)" if count < 6 else "P =") for ax in figure.axes) == 2 * count
+    )
+    assert ("P: Pneumonia" in found) == (count >= 6)
     headings = sorted(
         (text.get_window_extent() for ax in figure.axes for text in ax.texts if text.get_weight() == "bold"),
         key=lambda box: box.x0,
@@ -97,6 +104,52 @@ def test_grid_of_several_models_stays_within_the_page(count):
     file = io.BytesIO()
     figure.savefig(file, format="pdf")
     assert file.tell() > 1000
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (8, 3), (15, 3), (8, 8)])
+def test_grid_with_its_heading_fits_a_page_and_its_panels_stay_apart(rows, columns):
+    films = np.repeat(FILMS[:1], rows, axis=0)
+    given = [films, [()] * rows, ["Pleural_Thickening"] * rows, maps(rows, columns), ["lrp"] * columns]
+    names = ["0004cfab-14fd-4e49-80ba-63a80b6bddd6\n3 of 3 are right" if rows < 15 else "00000001_000.png"] * rows
+    for probabilities in (RNG.random(rows), RNG.random((rows, columns))):
+        figure = figures.attribution_grid(*given, probabilities, names=names, data_label=LABEL)
+        figure = figures.headed(figure, "Multi-label, T-DenseNet, Focal, seed 0")
+        figure.draw_without_rendering()
+        assert min(text.get_window_extent().x0 for text in figure.findobj(Text)) > -1  # none is cut at the left
+        panels = [ax.get_tightbbox() for ax in figure.axes[: rows * (columns + 1)]]
+        shared = [Bbox.intersection(a, b) for i, a in enumerate(panels) for b in panels[:i]]
+        assert all(box is None or min(box.size) < 1 for box in shared)
+        file = io.BytesIO()
+        figure.savefig(file, dpi=50, bbox_inches="tight")
+        height, width = plt_image.imread(io.BytesIO(file.getvalue())).shape[:2]
+        assert height / 50 <= 9 and width / 50 <= style.WIDTH + 0.25
+
+
+def test_grid_names_the_film_and_what_else_is_marked_in_it():
+    others = [[("Hernia", (1, 1, 5, 6)), ("Mass", (20, 2, 30, 9))], [], []]
+    names = ["a.png\n1 of 3 are right", "b.png", "c.png"]
+    figure = figures.attribution_grid(
+        FILMS, BOXES, TITLES, maps(), ["cam", "lrp", "rap"], [0.5] * 3, names=names, others=others, data_label=LABEL
+    )
+    found = drawn(figure)
+    assert {"P(Cardiomegaly)\n=\u00a00.50\na.png\n1 of 3 are right", "P(normal film)\n=\u00a00.50\nb.png"} <= found
+    film, *others = figure.axes[:4]
+    assert {"Hernia", "Mass"} <= {text.get_text() for text in film.texts}
+    assert not {"Hernia", "Mass"} & {text.get_text() for ax in others for text in ax.texts}  # they would hide the map
+    for ax in (film, *others):
+        widths = {patch.get_xy(): patch.get_linewidth() for patch in ax.patches}
+        assert widths.keys() == {(1, 1), (20, 2), (2, 3)} and max(widths[1, 1], widths[20, 2]) < widths[2, 3]
+
+
+def test_grid_says_at_each_map_what_its_probability_is_of():
+    titles, given = ["pneumonia", "no pneumonia", "no_finding"], RNG.random((3, 3))
+    given[2] = np.nan
+    figure = figures.attribution_grid(
+        FILMS, BOXES, titles, maps(), ["cam", "lrp", "rap"], given, names=["a", "b", "c"], data_label=LABEL
+    )
+    said = [ax.get_title().replace("\n", " ").replace("\u00a0", " ") for ax in figure.axes[:12]]
+    assert said[1:4] == [f"P(pneumonia) = {p:.2f}" for p in given[0]] and said[0] == ""
+    assert said[5:8] == [f"P(no pneumonia) = {p:.2f}" for p in given[1]] and said[9:] == ["no finding"] * 3
 
 
 def test_grid_refuses_what_does_not_match():
@@ -114,6 +167,8 @@ def test_grid_refuses_what_does_not_match():
         ("titles", ["a"]),
         ("columns", ["cam"]),
         ("probabilities", [0.5] * 4),
+        ("names", ["a"]),
+        ("others", [()]),
     ):
         with pytest.raises(ValueError, match="maps are 3 films x 3 columns"):
             figures.attribution_grid(**{**good, name: wrong}, data_label=LABEL)
@@ -129,9 +184,10 @@ def test_iou_by_threshold(reading):
     means.loc[one, ["value", "ci_low", "ci_high"]] = 0.9, 0.8, 0.95
     figure = figures.iou_by_threshold(nam_lee.table2(means, data_label=LABEL), reading=reading, data_label=LABEL)
     found = drawn(figure)
-    assert {"CAM", "LRP", "RAP", "empty mask", "95 % interval", "Threshold", "Nodule (130)"} <= found
+    assert {"CAM", "LRP", "RAP", "empty mask", "95 % interval", "Nodule (130)"} <= found
+    assert "Threshold, as a share of the map's maximum (in brackets: pairs of film and class)" in found
     assert not any("Mass" in text for text in found)  # not measured
-    assert ("paper (CheXNet)" in found) == (reading == "mean_iou")
+    assert ("hollow: the paper's (CheXNet)" in found) == (reading == "mean_iou")
     panels = [ax for ax in figure.axes if ax.get_visible()]
     assert len(panels) == 7 and len({ax.get_ylim() for ax in panels}) == 1
     ax = next(ax for ax in panels if ax.get_title() == "Nodule (130)")
@@ -150,7 +206,9 @@ def test_iou_by_threshold(reading):
 
 def test_iou_of_one_class_and_of_classes_and_methods_the_paper_has_not():
     means = paper_as_means().query("`class` == 'Mass'")
-    drawn(figures.iou_by_threshold(nam_lee.table2(means, data_label=LABEL), data_label=LABEL))
+    figure = figures.iou_by_threshold(nam_lee.table2(means, data_label=LABEL), data_label=LABEL)
+    drawn(figure)
+    assert len(figure.axes) == 1 and figure.axes[0].get_position().width > 0.8  # no half of the page is blank
     other = means.assign(
         **{"class": "Pleural_Thickening"},
         method=means["method"].replace("rap", "gradient"),
@@ -158,7 +216,7 @@ def test_iou_of_one_class_and_of_classes_and_methods_the_paper_has_not():
         ci_high=np.nan,
     )
     found = drawn(figures.iou_by_threshold(nam_lee.table2(other, data_label=LABEL), data_label=LABEL))
-    assert {"Pleural Thickening (120)", "gradient"} <= found and "paper (CheXNet)" not in found
+    assert {"Pleural Thickening (120)", "gradient"} <= found and not any("CheXNet" in text for text in found)
     with pytest.raises(ValueError, match="no number of ours"):
         figures.iou_by_threshold(nam_lee.table2(means.head(0), data_label=LABEL), data_label=LABEL)
 
@@ -173,8 +231,11 @@ def share_frame():
             for r in (("boxes", 0.1), ("lungs", 0.4), ("outside", 0.5))
         ):
             known = (kind, region) != ("normal", "boxes")
-            rows.append((model, kind, method, region, *((0.3, 0.25, 0.4, area, 50) if known else (np.nan,) * 4 + (0,))))
-    return pd.DataFrame(rows, columns=["model", "kind", "method", "region", "value", "ci_low", "ci_high", "area", "n"])
+            rows.append(
+                (model, kind, method, region, *((0.3, 0.25, 0.4, area, 50, 0) if known else (np.nan,) * 4 + (0, 50)))
+            )
+    columns = "model kind method region value ci_low ci_high area n n_skipped".split()
+    return pd.DataFrame(rows, columns=columns)
 
 
 def test_share_dots():
@@ -199,6 +260,35 @@ def test_share_dots():
     assert ticks == [pytest.approx(0.1)] * 3
 
 
+def test_share_dots_say_what_is_missing_and_why():
+    frame = share_frame()
+    empty = (frame["model"] == "vgg16") & (frame["kind"] == "pneumonia") & (frame["method"] == "lrp")
+    frame.loc[empty, ["value", "ci_low", "ci_high", "area", "n", "n_skipped"]] = [*[np.nan] * 4, 0, 50]
+    few = (frame["model"] == "resnet50") & (frame["method"] == "rap") & (frame["n"] > 0)
+    frame.loc[few, ["n", "n_skipped"]] = 20, 30
+    figure = figures.share_dots(frame.astype({"n": int, "n_skipped": int}), data_label=LABEL)
+    drawn(figure)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        "pneumonia, DenseNet-121",
+        "pneumonia, ResNet-50\nRAP: none on 30 of 50",
+        "pneumonia, VGG-16\nLRP: none on 50 of 50",
+        "normal, DenseNet-121",
+        "normal, ResNet-50\nRAP: none on 30 of 50",
+        "normal, VGG-16",
+    ]
+    absent = [[(text.get_text(), text.get_position()[1]) for text in ax.texts] for ax in figure.axes]
+    ticks = figure.axes[0].get_yticks()
+    assert absent == [[("no boxes", y) for y in ticks[3:]], [], []]
+
+
+def test_labels_of_neighbouring_share_panels_stay_apart():
+    figure = figures.share_dots(share_frame(), data_label=LABEL)
+    figure.canvas.draw()
+    shown = [[text.get_window_extent() for text in ax.get_xticklabels() if text.get_text()] for ax in figure.axes]
+    gaps = [right[0].x0 - left[-1].x1 for left, right in zip(shown, shown[1:])]
+    assert all(len(labels) == 3 for labels in shown) and min(gaps) > 3
+
+
 def test_share_dots_of_parts():
     frame = share_frame()
     drawn(figures.share_dots(frame.query("model == 'vgg16' and method == 'rap'"), data_label=LABEL))
@@ -220,6 +310,7 @@ def test_maps_of_a_network_that_is_made_random():
     assert "random network's map of another film" in found
     ssim, ranks, sizes = figure.axes
     assert "SSIM" in ssim.get_title() and "Rank correlation" in ranks.get_title()
+    assert "Made random from the head down to here" in found and len({ax.get_ylim() for ax in figure.axes}) == 1
     lines = {line.get_label(): line for line in ranks.lines}
     np.testing.assert_array_equal(lines["CAM"].get_ydata(), rank[1:8:2])
     np.testing.assert_array_equal(lines["LRP"].get_ydata(), rank[0:8:2])

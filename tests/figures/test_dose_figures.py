@@ -58,6 +58,15 @@ def test_every_seed_stands_at_its_dose_and_the_line_at_their_mean(doses):
         assert base == ([0.5] if metric == "auroc" else [])
 
 
+def test_many_metrics_fit_a_page():
+    frame = table(doses=DOSES[:2])
+    many = {f"{metric}{k}": label for k in range(7) for metric, label in METRICS.items()}
+    frames = [frame.assign(metric=frame["metric"] + str(k)) for k in range(7)]
+    figure = figures.dose_response(pd.concat(frames), many, CONTROL, data_label=LABEL)
+    check(figure)
+    assert len(figure.axes) == 14 and figure.get_figheight() <= 8.9
+
+
 def test_every_run_has_a_curve_of_its_own():
     frame = draw(DOSES[::-1]).merge(pd.DataFrame({"epoch": [1, 2, 3]}), how="cross")
     rng = np.random.default_rng(0)

@@ -46,6 +46,7 @@ def test_parts_of_one_run_have_a_marker_each_and_no_two_share_a_line():
     figure = figures.change_parts(changes(), data_label=LABEL)
     lines = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
     assert len({line.get_marker() for line in lines}) == len(lines) == len(PARTS) - 1
+    assert not {line.get_color() for line in lines} & {one["color"] for one in style.LOSS_STYLES.values()}
     heights = np.concatenate([line.get_ydata() for line in lines])
     assert len(np.unique(heights.round(6))) == len(heights)
 

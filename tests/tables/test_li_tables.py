@@ -7,6 +7,7 @@ import pytest
 
 from lib.analysis import model_cams
 from lib.analysis.features.findings import Confounder
+from lib.params import Run
 from lib.tables import li, li_words
 from tests.tables.latex import latex_problems
 
@@ -426,6 +427,10 @@ def test_sentences_follow_the_numbers():
 
 def test_labels_say_what_is_not_the_papers():
     assert li_words.scale_label(PHANTOM, "tanh", "pixels") == PHANTOM
+    run = Run(study="demo", task="multilabel", backbone="resnet50", loss="cb_focal", seed=3, feature_class="Hernia")
+    own = "Multi-label, ResNet50, CB-Focal, seed 3"
+    every = "Multi-label, ResNet50, by loss, seed 3"
+    assert li_words.headings(run) == (own, f"Hernia: {own}", every)
     assert li_words.scale_label(PHANTOM, "linear", "pixels") == f"{PHANTOM}; common scale: linear, from pixels"
     masks = np.zeros((40, 3), bool)
     masks[[0, 1], 0] = masks[[1, 2], 1] = masks[[5, 6], 2] = True

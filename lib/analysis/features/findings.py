@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from lib.analysis.cam import resize
 from lib.analysis.features.consistency import activation_sums, consistency_table
 from lib.analysis.features.importance import (
+    ImportanceMatrix,
     carriers,
+    chance_overlap,
     film_distances,
     overlap,
     participation,
@@ -25,7 +27,7 @@ from lib.analysis.features.importance import (
 from lib.analysis.features.masking import logits_with, masked_performance, principal_and_others
 from lib.analysis.features.survey import View, evenly, film_cams, survey
 from lib.analysis.metrics import classification_metrics
-from lib.analysis.statistics import patient_replicates, percentile_interval
+from lib.analysis.statistics import patient_replicates, percentile_interval, weighted_sums
 
 
 def importance_curve(importance: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
@@ -55,18 +57,56 @@ def features_per_class(importance: np.ndarray, classes: Sequence[str], principal
     return pd.DataFrame({"class": list(classes), **counts, "overlap": shared})
 
 
-def importance_of_models(view: View, rows: np.ndarray, models: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
-    """The importance matrix (F, C) of eq. 3, by Grad, of several models in the place of the view's own."""
-    surveys = {name: survey(replace(view, model=model), rows, ["grad"]) for name, model in models.items()}
-    return {name: found.importance["grad"].all for name, found in surveys.items()}
+def features_of_losses(
+    view: View,
+    rows: np.ndarray,
+    models: Mapping[str, nn.Module],
+    principal_share: float,
+    patients: ArrayLike,
+    n_replicates: int,
+) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
+    """What the losses change in the importance matrix: that of each loss's model in the place of the view's own.
 
+    Parameters
+    ----------
+    models : mapping of loss to nn.Module
+    principal_share : float
+        As in `features_per_class`.
+    patients : (N,)
+        Of each film; every interval is a bootstrap over them, all losses from the same draws.
+    n_replicates : int
+        0: no intervals, NaN.
 
-def compare_losses(
-    importance: Mapping[str, np.ndarray], classes: Sequence[str], principal_share: float
-) -> pd.DataFrame:
-    """`features_per_class` of the matrices of several losses, one below the other, with a column loss."""
-    frames = [features_per_class(one, classes, principal_share).assign(loss=loss) for loss, one in importance.items()]
-    return pd.concat(frames, ignore_index=True)
+    Returns
+    -------
+    matrices : dict of loss to float64 (F, C)
+        Eq. 3, by Grad.
+    table : DataFrame
+        `features_per_class` of each, one below the other, with loss, <column>_ci_low and <column>_ci_high of its three
+        numbers, and overlap_by_chance.
+    """
+    draws = patient_replicates(patients, n_replicates, 0)
+    n_films = draws.counts @ np.bincount(draws.patient)
+    matrices, tables = {}, []
+    for loss, model in models.items():
+        matrix, sums, seen = ImportanceMatrix(view.classes), None, 0
+        for batch, _, cams in film_cams(replace(view, model=model), rows, ["grad"]):
+            terms = cams["grad", "all"].contributions
+            matrix.update(terms, view.targets[np.asarray(batch.rows)])
+            sums = np.zeros((draws.counts.shape[1], *terms.shape[1:])) if sums is None else sums
+            np.add.at(sums, draws.patient[seen : seen + len(terms)], terms.detach().cpu().double().numpy())
+            seen += len(terms)
+        matrices[loss] = matrix.result().all
+        table = features_per_class(matrices[loss], view.classes, principal_share)
+        means = weighted_sums(draws.counts, sums.reshape(len(sums), -1)) / n_films[:, None]
+        drawn = [features_per_class(one.reshape(sums.shape[1:]).T, view.classes, principal_share) for one in means]
+        for column in table.columns[1:]:
+            replicates = np.array([one[column] for one in drawn]).reshape(len(drawn), len(table))
+            ends = [percentile_interval(values, len(sums))[:2] for values in replicates.T]
+            table[[f"{column}_ci_low", f"{column}_ci_high"]] = ends
+        chance = chance_overlap(select_features(matrices[loss], principal_share))
+        tables.append(table.assign(loss=loss, overlap_by_chance=chance))
+    return matrices, pd.concat(tables, ignore_index=True)
 
 
 # ---- confounders

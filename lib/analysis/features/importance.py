@@ -6,6 +6,7 @@ further down, what the paper's five uses of it are made of (`findings`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 import pandas as pd
@@ -313,6 +314,12 @@ def overlap(masks: np.ndarray) -> np.ndarray:
     both, size = counts.T @ counts, counts.sum(axis=0)
     either = size[:, None] + size - both
     return np.divide(both, either, out=np.full(both.shape, np.nan), where=either > 0)
+
+
+def chance_overlap(masks: np.ndarray) -> float:
+    """Jaccard index expected of two sets of features drawn at random, as large as the largest of `masks` (F, C)."""
+    n, k = len(masks), int(masks.sum(axis=0).max())
+    return sum(comb(k, both) * comb(n - k, k - both) / comb(n, k) * both / (2 * k - both) for both in range(k + 1))
 
 
 def redundancy(importance: ArrayLike) -> np.ndarray:

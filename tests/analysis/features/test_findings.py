@@ -100,16 +100,35 @@ def test_losses_are_compared_by_the_matrices_of_their_models():
     case, targets = planted()
     other = copy.deepcopy(case.model)
     other.head.weight.data *= -1
-    seen = view(case, layer="trunk", targets=targets, classes=["a", "b"])
-    found = findings.importance_of_models(seen, ROWS, {"bce": case.model, "focal": other})
+    seen, patients = view(case, layer="trunk", targets=targets, classes=["a", "b"]), np.arange(N) // 2
+    models = {"bce": case.model, "focal": other}
+    found, table = findings.features_of_losses(seen, ROWS, models, 0.4, patients, 40)
     own = survey(seen, ROWS, ["grad"]).importance["grad"].all
     np.testing.assert_array_equal(found["bce"], own)
     np.testing.assert_allclose(found["focal"], -own)
-    table = findings.compare_losses(found, ["a", "b"], 0.4)
     assert table["loss"].tolist() == ["bce", "bce", "focal", "focal"] and table.index.tolist() == [0, 1, 2, 3]
+    # Two of five features, twice: none, one or both shared, in 3, 6 and 1 of 10 cases.
+    np.testing.assert_allclose(table["overlap_by_chance"], 0.6 * 1 / 3 + 0.1 * 1)
     for loss, part in table.groupby("loss"):
         expected = findings.features_per_class(found[loss], ["a", "b"], 0.4)
-        pd.testing.assert_frame_equal(part.drop(columns="loss").reset_index(drop=True), expected)
+        same = part[list(expected)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(same, expected)
+    columns = ["n_features80", "participation", "overlap"]
+    draws = patient_replicates(patients, 40, 0)
+    for loss, model in models.items():
+        values = [(model.head.weight * film.mean((1, 2))).detach().double().numpy() for film in case.films]
+        drawn = []
+        for counts in draws.counts:
+            films = [n for n in range(N) for _ in range(counts[patients[n]])]
+            matrix = sum(values[n] for n in films).T / len(films)
+            drawn.append(findings.features_per_class(matrix, ["a", "b"], 0.4)[columns].to_numpy())
+        ends = np.percentile(drawn, [2.5, 97.5], axis=0)
+        part = table[table["loss"] == loss]
+        for side, expected in zip(("low", "high"), ends):
+            np.testing.assert_allclose(part[[f"{column}_ci_{side}" for column in columns]], expected, rtol=1e-5)
+    assert (table["participation_ci_low"] < table["participation_ci_high"]).sum() > 1
+    _, plain = findings.features_of_losses(seen, ROWS, models, 0.4, patients, 0)
+    assert plain.filter(like="_ci_").isna().all(axis=None) and plain[columns].equals(table[columns])
 
 
 # ---- confounders

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from lib.analysis.features.importance import (
     Importance,
     ImportanceMatrix,
     carriers,
+    chance_overlap,
     combined_mask,
     confounder_candidates,
     correct_predictions,
@@ -221,6 +224,14 @@ def test_features_that_carry_a_class():
     np.testing.assert_allclose(
         overlap(mask), [[1, 0.5, 0, 0], [0.5, 1, 0, 0], [0, 0, np.nan, np.nan], [0, 0, np.nan, np.nan]]
     )
+
+
+@pytest.mark.parametrize(("n", "k"), [(6, 2), (5, 3), (4, 4), (7, 1)])
+def test_the_overlap_by_chance_is_the_mean_over_all_pairs_of_sets(n, k):
+    sets = [set(one) for one in combinations(range(n), k)]
+    every = [len(a & b) / len(a | b) for a in sets for b in sets]
+    masks = np.arange(n)[:, None] < np.array([k, 0])  # a class without films selects nothing
+    assert chance_overlap(masks) == pytest.approx(sum(every) / len(every), rel=1e-12)
 
 
 def test_redundant_features():
