@@ -1,6 +1,8 @@
 # Makes the environment and calls Snakemake; nothing else.
+#   make first     one run on the simulated films as far as its first pictures, in three minutes; make demo carries on from it
 #   make demo      the whole study on the simulated films        make test   every test
 #   make study STUDY=nih DATA_ROOT=/path/to/nih                  the same on real films; JOBS=…, RUNS="…", PROFILE=slurm
+#   make report STUDY=demo   makes the study's one page anew, outputs/demo/report.html
 #   make reference STUDY=demo   copies the tables and figures of a study that go into git to outputs/reference
 #   make check STUDY=nih   reads its stored films and weights again: are they still what was written?
 #   make lab       JupyterLab on the notebooks                   make bench  speed against peers
@@ -16,10 +18,10 @@ export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study check reference test lab bench lock clean-states
+.PHONY: help setup first demo study report check reference test lab bench lock clean-states
 
 help:
-	@sed -n '2,7p' Makefile | cut -c3-
+	@sed -n '2,9p' Makefile | cut -c3-
 
 setup: $(VENV)/.complete
 
@@ -45,18 +47,21 @@ demo: override STUDY := demo
 demo: study
 
 # A file that is newer but the same starts nothing anew, were it as long as the list of NIH's films (by default: 1 MB).
-study: setup
+first study: setup
 	@refuse() { printf '%s\n' "$$1" >&2; exit 2; }; \
 	jobs=$${JOBS:-$$(getconf _NPROCESSORS_ONLN)}; gpus=$${GPUS:-$$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU)}; \
 	case $$jobs in ''|0*|*[!0-9]*|?????*) refuse "JOBS=$$jobs: how many jobs run side by side is a whole number from 1 to 9999";; esac; \
 	case $$gpus in ''|*[!0-9]*|?????*) refuse "GPUS=$$gpus: how many GPUs there are is a whole number, 0 for none";; esac; \
 	mkdir -p .snakemake 2>/dev/null && [ -w .snakemake ] || refuse "$$PWD/.snakemake must be a folder that can be written: Snakemake's notes"; \
-	set -- --nolock --rerun-incomplete --keep-going --max-checksum-file-size 1GB --quiet rules host reason; \
+	set -- $(filter first,$@) --nolock --rerun-incomplete --keep-going --max-checksum-file-size 1GB --quiet host reason; \
 	if [ -z "$$PROFILE" ]; then \
-	  set -- "$$@" --cores "$$jobs"; [ "$$gpus" -eq 0 ] || set -- "$$@" --resources "gpu=$$gpus"; \
+	  set -- "$$@" rules --cores "$$jobs"; [ "$$gpus" -eq 0 ] || set -- "$$@" --resources "gpu=$$gpus"; \
 	elif [ -f "params/profiles/$$PROFILE/config.yaml" ]; then set -- "$$@" --profile "params/profiles/$$PROFILE"; \
 	else refuse "PROFILE=$$PROFILE: there is no params/profiles/$$PROFILE/config.yaml; name a folder of params/profiles, such as slurm"; fi; \
 	exec snakemake "$$@"
+
+report: setup
+	@python -m lib.report "$$STUDY"
 
 reference: setup
 	@python -m lib.reference "$$STUDY"

@@ -13,7 +13,9 @@ from types import ModuleType
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
+import lib.light_torchvision  # noqa: F401  before zennit, which imports torchvision
 from lib.analysis.alignment import pair_cams
 from lib.analysis.inference import LensError, Output, stream
 from lib.analysis.pairs import box_pairs
@@ -382,9 +384,13 @@ class Subject:
         return box_pairs(films, film_boxes(boxes, self.run.image_size), [UNHEALTHY])
 
     def batches(self, rows, batch_size: int | None = None) -> Iterator:
-        """Whole films in order, as the model sees them, on its device; by default in batches of `batch_size`."""
-        options = {"image_size": self.run.image_size, "batch_size": batch_size or self.run.batch_size}
-        return evaluation_batches(self.store, np.asarray(rows), self.targets, device=self.device, **options)
+        """Whole films in order, as the model sees them, on its device; by default in batches of `batch_size`. A bar is
+        shown where they take more than ten seconds."""
+        rows, size = np.asarray(rows), batch_size or self.run.batch_size
+        options = {"image_size": self.run.image_size, "batch_size": size, "device": self.device}
+        batches = evaluation_batches(self.store, rows, self.targets, **options)
+        bar = {"unit": "batch", "delay": 10, "mininterval": 5, "ascii": True, "leave": False}
+        return iter(tqdm(batches, self.name, -(-len(rows) // size), file=sys.stdout, **bar))
 
     def outputs(self, rows, *layers: str, batch_size: int | None = None) -> Iterator[Output]:
         """One forward pass over the films: logits and the maps of `layers`, see `analysis.inference.stream`."""

@@ -297,7 +297,7 @@ def digest(path: Path) -> str:
 
 
 def environment() -> dict:
-    """Host, git commit and the versions that a result depends on, for the record."""
+    """Host, git commit, versions and the number of threads that a result depends on, for the record."""
     # Without the ceiling, a copy without .git within another repository would bear that one's commit.
     options = {"cwd": ROOT, "env": os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}, "check": False}
     try:
@@ -309,6 +309,7 @@ def environment() -> dict:
     return {
         "commit": commit or "unknown",
         "host": platform.node(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,

@@ -267,6 +267,10 @@ def _fit(run, model, init, device, rank, world, beside):
     if world > 1:
         replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     written = beside.submit(bool)  # nothing yet
+    every = [(one.name, one.seed) for one in run.every_run]
+    if (run.name, run.seed) in every:
+        place = f"run {every.index((run.name, run.seed)) + 1} of {len(every)} of study {run.study}"
+        _say(rank, f"{run.name} seed {run.seed}: {place}, {run.epochs} epochs on {device_name(device)}")
 
     for epoch in range(len(history) + 1, run.epochs + 1):
         clock = time.perf_counter()

@@ -1,15 +1,26 @@
-"""What `make study` is told, by environment variables, and what must stand before Snakemake plans any work."""
+"""What `make study` is told, by environment variables, what must stand before Snakemake plans any work, and what each
+job needs.
+"""
 
 import fnmatch
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.data import RELEASES
 from lib.flat_yaml import ParameterError
 from lib.locks import try_lock
-from lib.params import LENSES, Study
+from lib.params import LENSES, OF_RUNS, ROOT, Run, Study, load_study
+
+# For awk: what a failed notebook ends with, without papermill's own traceback above it; any other traceback is shown
+# whole.
+ITS_ERROR = r"""/^Traceback/ {held = !told} held && /^Exception encountered at/ {held = 0; told = 1; next}
+held {text = text $0 "\n"; next} NF {print}
+END {if (told) print "The notebook, as far as it came: " ENVIRON["notebook"]; else printf "%s", text}"""
 
 
 def check_name(key: str, folder: str) -> None:
@@ -44,7 +55,7 @@ def jobs_of(study: Study) -> Iterator[tuple[str, str, int]]:
     asked = study.pneumonia_runs
     compared = study.comparison * study.runs
     whole = {"data": True, "figures": compared, "intention": asked, "chexnet": study.chexnet and not asked}
-    whole |= {"laboratory": study.laboratory}
+    whole |= {"explore": compared, "laboratory": study.laboratory}
     yield from ((rule, "", 0) for rule, wanted in whole.items() if wanted)
     trained = dict.fromkeys(
         [*compared, *(run.name for run in asked), *(run for key in LENSES for run in getattr(study, key))]
@@ -107,3 +118,116 @@ def hold_outputs(outputs: str, studies: Iterable[str]) -> list[int]:
             raise ParameterError(f"Study {study} is being run already: wait for it, or stop it first.")
         held.append(lock)
     return held
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of Snakemake makes.
+
+    Its methods take a job's wildcards as Snakemake passes them: an object whose attributes `study`, `run` and `seed`
+    are texts, as far as the job has them, with `items()`.
+
+    Attributes
+    ----------
+    outputs : str
+        Folder of all results.
+    said : dict
+        Keys of the main study that were set from outside, see `told`.
+    studies : dict of str to Study
+        The main study, and behind it those that are made along with it.
+    no_gpus : bool
+        Whether it was said that there are none.
+    """
+
+    outputs: str
+    said: dict[str, str | list[str]]
+    studies: dict[str, Study]
+    no_gpus: bool = False
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> "Call":
+        """From the variables `STUDY` (else the demo), `OUTPUTS`, `DATA_ROOT`, `RUNS` and `GPUS` (0: none); a
+        `ParameterError` as `told`, `load_study` and `check_releases` raise it."""
+        outputs, said = told(environ)
+        main = load_study(environ.get("STUDY", "demo"), **said)
+        companions = {} if "runs" in said else {name: load_study(name) for name in main.companions}
+        check_releases([main, *companions.values()])
+        return cls(outputs, said, {main.study: main, **companions}, environ.get("GPUS") == "0")
+
+    @property
+    def main(self) -> Study:
+        """The study that was asked for."""
+        return next(iter(self.studies.values()))
+
+    @property
+    def first(self) -> Run:
+        """The run that the main study's pictures begin with: the one that notebooks open unless they are told
+        otherwise, where the study has it."""
+        default = "-".join(Run.model_fields[key].default for key in ("task", "backbone", "loss"))
+        return self.main.run(default if default in self.main.runs else self.main.runs[0])
+
+    def leads_to_first(self, wildcards: Any) -> bool:
+        """Whether a job is of the first run, or of its study or its pretext, as far as its wildcards say."""
+        run = self.first
+        names = {"study": run.study, "run": run.name, "seed": run.seed}
+        names |= {"size": run.image_size, "backbone": run.backbone}
+        return all(str(names[key]) == value for key, value in wildcards.items())
+
+    def given(self, wildcards: Any) -> str:
+        """Arguments of papermill: a study's file, a run's, and what was said of the main study, quoted for a shell."""
+        main, keys = self.main, dict(wildcards.items())
+        own = self.said if keys["study"] == main.study else {}
+        words = ["-f", f"params/studies/{keys['study']}.yaml"]
+        words += ["-p", "data_root", main.data_root] if "data_root" in own else []
+        for key in ("runs", *OF_RUNS) if "runs" in own else ():
+            words += ["-y", f"{key}: [{', '.join(getattr(main, key))}]"]
+        if "run" in keys:
+            words += ["-f", f"params/runs/{keys['run']}.yaml", "-p", "seed", keys["seed"]]
+        return shlex.join(words)
+
+    def files_of(self, runs: Iterable[Run], *names: str) -> list[str]:
+        """These files of these runs, below `outputs`."""
+        folders = [f"{self.outputs}/{run.study}/{run.name}/seed{run.seed}" for run in runs]
+        return [f"{folder}/{name}" for folder in folders for name in names]
+
+    def every(self, study: str, *names: str) -> list[str]:
+        """These files of every run of a study."""
+        return self.files_of(self.studies[study].every_run, *names)
+
+    def siblings(self, wildcards: Any) -> list[str]:
+        """Models that differ from a run in the loss alone: 07 and 09 compare them."""
+        run = self.studies[wildcards.study].run(wildcards.run, wildcards.seed)
+        return self.files_of(run.siblings, "run.json")
+
+    def initial_weights(self, wildcards: Any) -> list[str]:
+        """The model that a run starts from, where `init` is 'phantom'."""
+        run = self.studies[wildcards.study].run(wildcards.run)
+        return self.files_of([run.pretext], "run.json") if run.init == "phantom" else []
+
+    def release_lists(self, wildcards: Any) -> list[str]:
+        """The lists of a real release, so that films are read again where one has changed."""
+        study = self.studies[wildcards.study]
+        folder, patterns = Path(study.data_root), RELEASES[study.release].lists
+        return [str(path) for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+    def chexnet_files(self, wildcards: Any) -> list[str]:
+        """The checkpoint of CheXNet's that a study names, and the lists that belong to it."""
+        return [str(path) for path in self.studies[wildcards.study].chexnet_files.values()]
+
+    def gpus(self, wildcards: Any, of: int = 1) -> int:
+        """How many GPUs a job asks for: `of`, or none where there are none or the study's `device` is another."""
+        study = self.studies.get(dict(wildcards.items()).get("study"), self.main)
+        return 0 if self.no_gpus or study.device in ("cpu", "mps") else of
+
+    def to_open(self) -> str:
+        """What there is to look at by now, in a sentence: the pages, a picture and a notebook; empty where there is
+        nothing yet."""
+        folder, (run,) = f"{self.outputs}/{self.main.study}/", self.files_of([self.first], "")
+        pictures = (
+            f"{folder}figures/{name}.png" for name in ("fig1a_cams_multilabel", "fig1b_cams_binary", "fig_shares")
+        )
+        notebooks = (f"{folder}{name}.ipynb" for name in ("05_figures", "08_intention", "11_laboratory"))
+        choices = [[f"{folder}report.html"], [f"{folder}explore.html"], [*pictures, f"{run}fig_cams.png"]]
+        choices += [[*notebooks, f"{run}03_cam_alignment.ipynb", f"{run}01_train.ipynb"]]
+        there = [next(filter(os.path.isfile, (ROOT / path for path in paths)), None) for paths in choices]
+        return f"Open {', '.join(os.path.relpath(path) for path in there if path)}" if any(there) else ""

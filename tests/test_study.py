@@ -1,6 +1,5 @@
 """The workflow for real, in a copy of the project: interrupted, finished, repeated, and stopped by bad input."""
 
-import ast
 import fcntl
 import os
 import re
@@ -22,6 +21,7 @@ from lib import records
 from lib.data import RELEASES
 from lib.params import ROOT, Run
 from lib.preflight import check_before_work
+from lib.workflow import ITS_ERROR
 
 RUNS = ("multilabel-tdensenet-focal", "binary-tdensenet-bce")
 DIGITS = ("digits-small_cnn-bce", "digits-small_transformer-bce")
@@ -61,8 +61,6 @@ FIGURES = {
     for name in ("fig1a_cams_multilabel", "fig1b_cams_binary", "fig2_performance")
     for suffix in ("png", "pdf")
 }
-
-SNAKEFILE = (ROOT / "Snakefile").read_text(encoding="utf-8")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -182,6 +180,8 @@ def test_every_promised_name_is_on_disk(study):
         )
     assert {path.name for path in (folder / "tables").iterdir()} >= TABLES
     assert {path.name for path in (folder / "figures").iterdir()} >= FIGURES
+    assert (folder / "explore.html").is_file() and not (folder.parent / "smoke_digits" / "explore.html").exists()
+    assert all((folder.parent / name / "report.html").is_file() for name in ("smoke", "smoke_rsna", "smoke_digits"))
     assert all(
         path.stat().st_size > 0 for path in folder.rglob("*") if path.is_file() and not path.name.endswith("lock")
     )
@@ -277,9 +277,12 @@ def test_progress_is_visible(study):
     assert [int(done) for done, _ in steps] == list(range(1, len(steps) + 1)) and {
         int(total) for _, total in steps
     } == {len(steps)}
-    assert 10 < len(steps) < 21  # the killed call had finished some
+    assert 14 < len(steps) < 25  # the killed call had finished some
     assert "100%" in said and "(100%) done" in said
     assert "epoch 2/2" in said and "validation AUROC" in said or "already trained" in said
+    assert "binary-tdensenet-bce seed 0: run 2 of 2 of study smoke, 2 epochs on " in said
+    pages = ("report.html", "explore.html", "figures/fig1a_cams_multilabel.png", "05_figures.ipynb")
+    assert said.splitlines()[-1] == f"Open {', '.join(f'outputs/smoke/{page}' for page in pages)}"
 
 
 def test_a_second_call_does_nothing(study, project):
@@ -314,15 +317,19 @@ def test_a_table_dated_in_the_future_starts_nothing_anew(study, project):
 
 
 def test_a_changed_module_is_looked_at_again_but_not_trained_again(study, project):
-    module = project / "lib" / "analysis" / "relevance" / "steps.py"
-    text = module.read_text()
-    module.write_text(f"{text}# changed\n")
-    jobs = dry_run(project, "STUDY=smoke")
-    module.write_text(text)
-    assert jobs.keys() >= {"cam_alignment", "attribution", "features", "figures"} and not jobs.keys() & {
-        "data",
-        "train",
-    }
+    lenses = {"metrics", "cam_alignment", "dissection", "attribution", "features", "intention", "figures"}
+    for path, rules in {
+        "analysis/relevance/steps.py": lenses | {"explore", "report"},
+        "explorer/page.html": {"explore", "report"},
+        "report.py": {"report"},
+        "workflow.py": set(),
+    }.items():
+        module = project / "lib" / path
+        text = module.read_text()
+        module.write_text(f"{text}# changed\n")
+        jobs = dry_run(project, "STUDY=smoke")
+        module.write_text(text)
+        assert jobs.keys() - {"all", "total"} == rules, path
 
 
 def test_a_finished_run_keeps_no_state_and_is_not_trained_again(study, project):
@@ -401,13 +408,8 @@ SEE = "The notebook, as far as it came: some\\n/00.ipynb\n"
     ids=["no error", "expected", "unexpected", "papermill's"],
 )
 def test_of_a_failed_notebook_its_own_error_is_shown(written, shown):
-    (program,) = [
-        node.value.value
-        for node in ast.walk(ast.parse(re.search(r'os\.environ\["ITS_ERROR"\] = r""".*?"""', SNAKEFILE, re.DOTALL)[0]))
-        if isinstance(node, ast.Assign)
-    ]
     options = {"env": {**os.environ, "notebook": r"some\n/00.ipynb"}, "capture_output": True, "text": True}
-    assert subprocess.run(["awk", program], input=written, check=True, **options).stdout == shown
+    assert subprocess.run(["awk", ITS_ERROR], input=written, check=True, **options).stdout == shown
 
 
 @pytest.mark.parametrize(
@@ -470,7 +472,8 @@ def test_a_list_of_films_that_was_copied_again_starts_nothing_anew(project, tmp_
         assert status == 0 and ("Nothing to be done" in said) == nothing, said
 
 
-OF_ALL = {"data": 1, "train": 16, "metrics": 16, "cam_alignment": 16, "dissection": 16, "figures": 1, "all": 1}
+OF_ALL = {"data": 1, "train": 16, "metrics": 16, "cam_alignment": 16, "dissection": 16, "figures": 1, "explore": 1}
+OF_ALL |= {"report": 1, "all": 1}
 # Of the demo besides: two pretexts, from which its backbones start, and its companions: pneumonia (3 runs), the
 # confounder (1), digits (2).
 OF_DEMO = {
@@ -482,6 +485,7 @@ OF_DEMO = {
     "features": 7,
     "intention": 1,
     "trunk_and_head": 1,
+    "report": 4,
 }
 
 
@@ -503,17 +507,68 @@ OF_DEMO = {
                 "figures": 1,
                 "attribution": 1,
                 "features": 1,
+                "explore": 1,
+                "report": 1,
                 "all": 1,
             },
         ),
-        ("rsna", ["DATA_ROOT=films"], {"data": 1, "train": 3, "intention": 1, "all": 1}),
-        ("with_chexnet", ["DATA_ROOT=films"], {"data": 1, "chexnet": 1, "all": 1}),
+        ("rsna", ["DATA_ROOT=films"], {"data": 1, "train": 3, "intention": 1, "report": 1, "all": 1}),
+        ("with_chexnet", ["DATA_ROOT=films"], {"data": 1, "chexnet": 1, "report": 1, "all": 1}),
     ],
 )
 def test_a_study_is_its_runs_and_their_notebooks(project, study, arguments, expected, tmp_path):
     jobs = dry_run(project, f"STUDY={study}", *arguments, OUTPUTS=str(tmp_path))
     assert jobs.pop("total") == sum(jobs.values())
     assert jobs == expected
+
+
+# What the notebooks write that rules declare, as a stand-in for papermill touches it.
+WRITTEN = {
+    "00": "tables/films.csv tables/problems.csv",
+    "01": "run.json training.csv model.safetensors",
+    "02": "predictions.parquet metrics.csv",
+    "03": "cam_alignment.parquet cam_alignment_untrained.parquet fig_cams.png",
+    "04": "concepts.parquet concepts_untrained.parquet concepts_other_film.parquet",
+}
+
+
+@pytest.fixture
+def executed(project, tmp_path):
+    """A function of make's arguments that says what a stand-in for papermill executed, one after another, and what make
+    said."""
+    cases = "".join(f'{number}*) cd "$folder"; touch {names};;' for number, names in WRITTEN.items())
+    script = 'folder=$(dirname "$2"); mkdir -p "$folder/tables"; echo "executed: $2"; touch "$2"; '
+    program(tmp_path / "bin" / "papermill", f'{script} case $(basename "$2") in {cases} esac')
+
+    def call(*arguments, target="study", **changes):
+        command = ["make", "--no-print-directory", "--old-file=setup", target, "JOBS=1", *arguments]
+        path = f"{tmp_path / 'bin'}:{environment()['PATH']}"
+        said = output(command, project, PATH=path, OUTPUTS=str(tmp_path / "results"), **changes)
+        return re.findall(rf"^executed: {tmp_path / 'results'}/(\S+)$", said, re.MULTILINE), said
+
+    return call
+
+
+def test_make_first_is_one_run_from_which_the_demo_carries_on(executed, project, tmp_path):
+    done, said = executed(target="first")
+    run = "demo/multilabel-tdensenet-focal/seed0"
+    before = {"demo/00_data.ipynb", "pretext_66px/multilabel-tdensenet-bce/seed0/01_train.ipynb"}
+    assert set(done[:2]) == before and done[2] == f"{run}/01_train.ipynb"
+    assert set(done[3:]) == {f"{run}/{lens}.ipynb" for lens in LENSES[1:]}
+    shown = [
+        os.path.relpath(tmp_path / "results" / run / name, project) for name in ("fig_cams.png", f"{LENSES[2]}.ipynb")
+    ]
+    assert said.splitlines()[-1] == f"Open {', '.join(shown)}"
+    left = dry_run(project, "STUDY=demo", OUTPUTS=str(tmp_path / "results"))
+    once = dict.fromkeys(("data", "pretext", "train", "metrics", "cam_alignment", "dissection"), 1)
+    assert left.pop("total") == sum(left.values())
+    assert left == {rule: n - once.get(rule, 0) for rule, n in OF_DEMO.items()}
+
+
+def test_the_first_pictures_come_before_further_runs(executed):
+    only = "--omit-from figures attribution features"
+    done, _ = executed("STUDY=demo", f"RUNS={' '.join(['binary-tdensenet-bce', RUNS[0]])}", ADDED=only)
+    assert len(done) == 10 and {path.split("/")[1] for path in done[2:6]} == {RUNS[0]}
 
 
 def test_make_makes_the_environment_first(project):
@@ -551,8 +606,12 @@ def test_make_passes_on_what_it_is_given(passed_on):
     words, told, _ = passed_on("STUDY=nih", "DATA_ROOT=x", "RUNS=a b", "GPUS=3", "JOBS=5", OUTPUTS="/scratch")
     assert told == {"STUDY": "nih", "DATA_ROOT": "x", "RUNS": "a b", "OUTPUTS": "/scratch"}
     assert words[-4:] == ["--cores", "5", "--resources", "gpu=3"]
+    assert words[words.index("--quiet") :][:4] == ["--quiet", "host", "reason", "rules"]
     words, *_ = passed_on("PROFILE=slurm")
     assert words[-2:] == ["--profile", "params/profiles/slurm"] and "--cores" not in words
+    assert "rules" not in words  # it hides why a job was refused
+    words, told, _ = passed_on(target="first")
+    assert words[0] == "first" and words[-2] == "--cores" and told["STUDY"] == "demo"
     assert passed_on("STUDY=nih", target="demo")[1]["STUDY"] == "demo"
     words, *_ = passed_on("JOBS=", "GPUS=")  # as many as there are
     assert int(words[words.index("--cores") + 1]) == os.cpu_count()

@@ -1,13 +1,16 @@
-"""What `make study` is told, and what stands before any work."""
+"""What `make study` is told, what stands before any work, and what each job needs."""
 
 import fcntl
 import os
+import shlex
+from types import SimpleNamespace
 
 import pytest
 
+from lib.data import RELEASES
 from lib.flat_yaml import ParameterError
-from lib.params import Study, load_study
-from lib.workflow import check_releases, hold_outputs, jobs_of, told
+from lib.params import Run, Study, load_study
+from lib.workflow import Call, check_releases, hold_outputs, jobs_of, told
 
 
 def test_what_is_not_said_is_the_studys_own(tmp_path, monkeypatch):
@@ -114,7 +117,7 @@ def test_the_jobs_of_a_study():
         ("digits-small_cnn-bce", 1),
         ("digits-small_cnn-bce", 5),
     ]
-    assert [job[0] for job in jobs if not job[1]] == ["data", "figures"]
+    assert [job[0] for job in jobs if not job[1]] == ["data", "figures", "explore"]
 
 
 def test_a_change_of_losses_needs_another_loss(tmp_path):
@@ -125,3 +128,113 @@ def test_a_change_of_losses_needs_another_loss(tmp_path):
     assert asked == [("multilabel-tdensenet-bce", seed) for seed in (0, 1, 5)]
     with pytest.raises(ParameterError, match="trunk_and_head names multilabel-tdensenet-focal; it names BCE runs"):
         Study.build(keys | {"trunk_and_head": runs[:1]})
+
+
+@pytest.mark.parametrize("name", ["demo", "smoke", "digits", "demo_rsna", "dose", "nih_sample", "nih_part"])
+def test_a_study_that_compares_runs_is_explored(name):
+    rules = {rule for rule, *_ in jobs_of(load_study(name, data_root="."))}
+    assert ("explore" in rules) == ("cam_alignment" in rules) == (name not in ("digits", "demo_rsna", "dose"))
+
+
+# ---- what each job needs
+
+
+class Wildcards(SimpleNamespace):
+    """As Snakemake passes them."""
+
+    def items(self):
+        return vars(self).items()
+
+
+FOCAL, BCE = "multilabel-tdensenet-focal", "multilabel-tdensenet-bce"
+
+
+def test_a_call_is_its_study_and_companions(tmp_path):
+    call = Call.of({"OUTPUTS": str(tmp_path)})
+    assert list(call.studies) == ["demo", "demo_rsna", "demo_confounder", "digits"] and call.main.study == "demo"
+    assert Call.of({"STUDY": "digits"}).main == load_study("digits")
+    few = Call.of({"RUNS": f"{BCE} {FOCAL}"})
+    assert list(few.studies) == ["demo"] and few.main.runs == [BCE, FOCAL] and few.outputs == "outputs"
+    with pytest.raises(ParameterError, match="data_root of study nih_sample"):
+        Call.of({"STUDY": "nih_sample", "DATA_ROOT": str(tmp_path)})
+
+
+def test_the_first_run_is_what_notebooks_open_where_the_study_has_it():
+    assert Call.of({}).first == load_study("demo").run(Run().name)
+    assert Call.of({"STUDY": "demo_rsna"}).first.name == "pneumonia-vgg16-bce"
+    assert Call.of({"RUNS": BCE}).first.name == BCE
+
+
+@pytest.mark.parametrize(
+    "wildcards, leads",
+    [
+        ({"study": "demo"}, True),
+        ({"study": "digits"}, False),
+        ({"study": "demo", "run": FOCAL, "seed": "0"}, True),
+        ({"study": "demo", "run": FOCAL, "seed": "1"}, False),
+        ({"study": "demo", "run": BCE, "seed": "0"}, False),
+        ({"study": "demo_confounder", "run": FOCAL, "seed": "0"}, False),
+        ({"size": "66", "backbone": "tdensenet"}, True),
+        ({"size": "66", "backbone": "resnet50"}, False),
+    ],
+    ids=str,
+)
+def test_what_leads_to_the_first_run(wildcards, leads):
+    assert Call.of({}).leads_to_first(Wildcards(**wildcards)) == leads
+
+
+def test_what_papermill_is_given():
+    given = Call.of({}).given
+    file = ["-f", "params/studies/demo.yaml"]
+    assert given(Wildcards(study="demo")).split() == file
+    run = [*file, "-f", f"params/runs/{BCE}.yaml", "-p", "seed", "3"]
+    assert given(Wildcards(study="demo", run=BCE, seed="3")).split() == run
+    said = Call.of({"STUDY": "smoke", "DATA_ROOT": "some $films", "RUNS": FOCAL}).given(Wildcards(study="smoke"))
+    assert shlex.split(said) == [
+        *["-f", "params/studies/smoke.yaml", "-p", "data_root", os.path.abspath("some $films")],
+        *["-y", f"runs: [{FOCAL}]", "-y", f"attribution: [{FOCAL}]", "-y", f"features: [{FOCAL}]"],
+        *["-y", "trunk_and_head: []", "-y", "more_seeds: []"],
+    ]
+    assert "-p" not in Call("x", {"data_root": "films"}, Call.of({}).studies).given(Wildcards(study="digits"))
+
+
+def test_files_of_runs():
+    call = Call.of({"OUTPUTS": "my results", "RUNS": f"{BCE} {FOCAL}"})
+    assert call.every("demo", "a", "b") == [
+        f"my results/demo/{run}/seed0/{file}" for run in (BCE, FOCAL) for file in "ab"
+    ]
+    of = Wildcards(study="demo", run=FOCAL, seed="0")
+    assert call.siblings(of) == call.every("demo", "run.json")
+    assert call.initial_weights(of) == [f"my results/pretext_66px/{BCE}/seed0/run.json"]
+    assert call.chexnet_files(of) == call.release_lists(of) == []
+    assert Call.of({"STUDY": "smoke"}).initial_weights(Wildcards(study="smoke", run=FOCAL, seed="0")) == []
+
+
+def test_the_lists_of_a_release_are_found_by_their_patterns(tmp_path):
+    names = ["Data_Entry_2017_v2020.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt"]
+    for name in (*names, "README.txt"):
+        (tmp_path / name).touch()
+    found = Call.of({"STUDY": "nih_sample", "DATA_ROOT": str(tmp_path)}).release_lists(Wildcards(study="nih_sample"))
+    assert sorted(found) == sorted(str(tmp_path / name) for name in names) and len(RELEASES["nih"].lists) == 4
+
+
+def test_a_job_asks_for_a_gpu_where_its_study_wants_one():
+    of, pretext = Wildcards(study="x", run=FOCAL, seed="0"), Wildcards(size="66", backbone="resnet50")
+    for device, n in {"auto": 1, "cuda": 1, "cuda:1": 1, "cpu": 0, "mps": 0}.items():
+        call = Call("x", {}, {"x": Study(study="x", device=device)})
+        assert call.gpus(of) == call.gpus(pretext) == n and call.gpus(of, 4) == 4 * n
+    assert [Call.of({"GPUS": said}).gpus(of, 4) for said in ("", "0", "2")] == [4, 0, 4]
+
+
+def test_what_there_is_to_open_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = Call.of({"OUTPUTS": str(tmp_path / "out")})
+    assert call.to_open() == ""
+    run = f"out/demo/{FOCAL}/seed0"
+    of_run = [f"{run}/fig_cams.png", f"{run}/03_cam_alignment.ipynb"]
+    of_study = ["out/demo/report.html", "out/demo/explore.html", "out/demo/figures/fig1b_cams_binary.png"]
+    for files in (of_run, [*of_study, "out/demo/05_figures.ipynb"]):
+        for file in files:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).touch()
+        assert call.to_open() == f"Open {', '.join(files)}"

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
+OTHER_FILM = "another film"  # whose map a map is held against
 WINDOW, SIGMA = 11, 1.5  # of the Gaussian window of SSIM, pixels
 C1, C2 = 0.01**2, 0.03**2  # its constants, for values in [0, 1]
 
@@ -91,7 +92,7 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    ranks = np.stack([rankdata(values) for values in (a, b)])
+    ranks = np.stack([scipy.stats.rankdata(values) for values in (a, b)])
     ranks -= ranks.mean(axis=1, keepdims=True)
     spread = np.sqrt((ranks**2).sum(axis=1)).prod()
     return float(ranks[0] @ ranks[1] / spread) if spread > 0 else np.nan

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
 
 from lib.analysis.statistics import CONFIDENCE
 
@@ -25,7 +25,7 @@ def seed_interval(values: ArrayLike) -> SeedInterval:
     values = values[~np.isnan(values)]
     n = len(values)
     point = float(values.mean()) if n else np.nan
-    reach = student.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    reach = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     return SeedInterval(point, float(point - reach), float(point + reach), n)
 
 

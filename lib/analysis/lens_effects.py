@@ -13,6 +13,7 @@ from lib.analysis.comparison import DIFFERENT, EFFECTS, RUN, elsewhere, record_e
 from lib.analysis.features.consistency import replicate_correlations
 from lib.analysis.features.survey import View
 from lib.analysis.metrics import ranking_metrics
+from lib.analysis.place import metric_of
 from lib.analysis.relevance.sanity import KEYS, SCORES
 from lib.analysis.statistics import patient_replicates
 from lib.analysis.verdicts import effect
@@ -24,11 +25,6 @@ CONTRASTS = (
     ("consistency_gradpp_raw", "individual_scale", "raw_sum", "individual_scale"),
     ("auroc_principal", "all_features", "logit_principal", "logit"),
 )
-
-
-def metric_of(score: str, method: str) -> str:
-    """The plan's name of a score of a method's maps: 'auprc' of CAM, 'auprc_lrp' of LRP."""
-    return score if method == "cam" else f"{score}_{method}"
 
 
 def relevance_effects(

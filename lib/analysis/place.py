@@ -21,6 +21,11 @@ DRAWS = 32  # random maps that the AUPRC of chance is the mean over
 SHARES = tuple(np.round(np.arange(0.05, 1, 0.05), 2).tolist())  # of the way from a map's least to its largest value
 
 
+def metric_of(score: str, method: str) -> str:
+    """The plan's name of a score of a method's maps: 'auprc' of CAM, 'auprc_lrp' of LRP."""
+    return score if method == "cam" else f"{score}_{method}"
+
+
 def place_scores(
     maps: Tensor | np.ndarray, boxes: Sequence, image_size: int, *, rounding: str = "outward"
 ) -> pd.DataFrame:

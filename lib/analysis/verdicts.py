@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
 
 from lib.analysis.statistics import CONFIDENCE
 
@@ -91,7 +91,7 @@ def effect(point: float, drawn: ArrayLike, n_patients: int, arms: Sequence[Array
     if seeds and total:
         freedom = min(freedom, sum(len(arm) - 1 for arm in arms))
     se = float(np.sqrt(total))
-    reach = student.ppf((1 + CONFIDENCE) / 2, freedom)
+    reach = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
     found = detectable(se, freedom)
     return Effect(float(point), se, float(freedom), point - reach * se, point + reach * se, float(found), seeds)
 
@@ -99,7 +99,9 @@ def effect(point: float, drawn: ArrayLike, n_patients: int, arms: Sequence[Array
 def detectable(se: ArrayLike, df: ArrayLike, tests: ArrayLike = 1) -> np.ndarray:
     """The difference that is called different with a probability of 80 % where it is one of `tests` (Bonferroni, the
     bar of Holm's first step): ``(t(df; 1 - 0.025 / tests) + t(df; 0.8)) se``."""
-    return (student.ppf(1 - (1 - CONFIDENCE) / 2 / np.asarray(tests), df) + student.ppf(POWER, df)) * np.asarray(se)
+    return (
+        scipy.stats.t.ppf(1 - (1 - CONFIDENCE) / 2 / np.asarray(tests), df) + scipy.stats.t.ppf(POWER, df)
+    ) * np.asarray(se)
 
 
 def holm(p: ArrayLike) -> np.ndarray:
@@ -153,7 +155,7 @@ def verdicts(effects: pd.DataFrame, family: Sequence[str] = ("family",)) -> pd.D
     # A standard error of 0, of arms that are equal, makes the quotients infinite or, for 0 / 0, no difference.
     with np.errstate(divide="ignore", invalid="ignore"):
         apart, room = np.nan_to_num(np.abs(point) / se, nan=0.0), (margin - np.abs(point)) / se
-    tests = {"p_different": 2 * student.sf(apart, df), "p_equivalent": student.sf(room, df)}
+    tests = {"p_different": 2 * scipy.stats.t.sf(apart, df), "p_equivalent": scipy.stats.t.sf(room, df)}
     found = effects.assign(**tests)
     families = found.groupby(list(family), sort=False)
     found = found.assign(**{name: families[name].transform(lambda p: holm(p.to_numpy())) for name in tests})

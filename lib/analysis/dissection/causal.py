@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from scipy.stats import spearmanr
+import scipy
 
 from lib.analysis.dissection.components import count_concepts
 from lib.analysis.dissection.quantile import Thresholds
@@ -118,7 +118,7 @@ def causal_summary(present: Readings, absent: Readings) -> dict[str, float]:
         "survive": _share(absent.counted[counted]),
         "responds_counted": _share(responds[counted[:, known]]),
         "responds_uncounted": _share(responds[~counted[:, known]]),
-        "agreement": float(spearmanr(often, far).statistic) if defined else np.nan,
+        "agreement": float(scipy.stats.spearmanr(often, far).statistic) if defined else np.nan,
     }
 
 

@@ -5,19 +5,20 @@ Relevance that is handed down by positive contributions alone converges to the s
 (Sixt et al. 2020), so a sharp map on a lesion may be a picture of the film.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from lib.analysis.controls import cascade, likeness
+from lib.analysis.controls import OTHER_FILM, cascade, likeness
 from lib.analysis.relevance.attribution import CHANCE, METHODS, means_by, pair_heatmaps
 
 SCORES = ("empty", "hit", "auprc", "iou_tuned")
 LIKENESS = ("ssim", "rank")
-OTHER_FILM = "another film"
 KEYS = ["image", "class"]
 
 
@@ -107,9 +108,10 @@ def randomised(
         Of `map_likeness`; against is the last stage that was made random, from 'none' on (see `controls.cascade`), and
         at the end 'another film': the map that the wholly random network has of the pair before.
     """
+    bar = {"unit": "stage", "delay": 10, "mininterval": 5, "ascii": True, "leave": False}
     stages = {
         stage: [pair_heatmaps(changed, batches, pairs, rectify=False, **options)[0]]
-        for stage, changed in cascade(model, fresh)
+        for stage, changed in tqdm(cascade(model, fresh), "randomised", file=sys.stdout, **bar)
     }
     stages[OTHER_FILM] = [np.roll(maps, 1, axis=0) for maps in list(stages.values())[-1]]
     return stages["none"][0], map_likeness(stages["none"][0], stages, pairs, options.get("methods", METHODS))

@@ -19,6 +19,7 @@ and label sets are drawn from the distribution above given the film's class.
 
 import os
 import shutil
+import sys
 import uuid
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
@@ -29,6 +30,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from lib.data.phantom import files
 from lib.data.phantom.anatomy import burn_marker, draw_anatomy
@@ -274,12 +276,14 @@ def _write(
     films["marked"] = _marked(films, marker, seed)
     chunks = [group for _, group in films.groupby(films["patient"] // 8)]
     task = partial(_write_patients, root=root, size=size, seed=seed, layout=layout)
+    bar = {"desc": "drawing films", "total": len(chunks), "unit": "part", "delay": 5, "mininterval": 5, "ascii": True}
+    shown = partial(tqdm, file=sys.stdout, **bar)
     if workers == 1:
-        boxes = [box for found in map(task, chunks) for box in found]
+        boxes = [box for found in shown(map(task, chunks)) for box in found]
     else:
         try:
             with spawned(min(workers, len(chunks))) as pool:
-                boxes = [box for found in pool.map(task, chunks) for box in found]
+                boxes = [box for found in shown(pool.map(task, chunks)) for box in found]
         except BrokenProcessPool as error:
             raise ReleaseError(
                 f"a process that draws the films of {root} was killed (out of memory?) or could not start (then its "
